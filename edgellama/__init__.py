@@ -1,0 +1,1 @@
+"""edgellama: run Llama models on your own machine."""
