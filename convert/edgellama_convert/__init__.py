@@ -1,0 +1,1 @@
+"""edgellama_convert: Hugging Face checkpoints to `.edgellama` files, and back."""
