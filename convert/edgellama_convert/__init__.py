@@ -1,1 +1,10 @@
-"""edgellama_convert: Hugging Face checkpoints to `.edgellama` files, and back."""
+"""edgellama_convert: Hugging Face checkpoints to `.edgellama` files, and back.
+
+>>> convert("meta-llama/Llama-2-7b-hf", "llama-2-7b.edgellama").bits_per_weight
+>>> export_hf("llama-2-7b.edgellama", "llama-2-7b-dequantized")
+"""
+
+from .convert import convert
+from .report import ConvertReport
+
+__all__ = ["ConvertReport", "convert"]

@@ -1,0 +1,295 @@
+"""Converts a checkpoint: finds it, plans it, streams every tensor through the quantizer into the writer.
+
+This module puts the parts together and holds no arithmetic: `source` finds files, `checkpoint` reads them, `names`
+maps them, `pipeline` and `quantizers` do the work, `edgellama.format` owns the result's bytes and writes atomically.
+
+Same input and options give the same bytes: nothing of the time, the machine or the user's folders goes into the file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from edgellama.config import LlamaConfig
+from edgellama.errors import ConvertError, FormatError
+from edgellama.format import ModelWriter
+from edgellama.format.container import MAGIC
+from edgellama.format.layout import LAYOUTS
+from edgellama.format.schema import LM_HEAD_BITS, TensorSpec, model_tensors
+from edgellama.format.strict_json import parse_object
+from edgellama.quant import GROUP_SIZE, padded_shape
+
+from .checkpoint import Checkpoint, SourceTensor, read_small
+from .names import Plan, plan_tensors, refuse_untied
+from .pipeline import Pipeline
+from .quantizers import METHODS, quantize
+from .report import ConvertReport
+from .resources import MIB, check_memory, default_threads, plan_buffers, private_bytes
+from .source import CONFIG_FILE, TOKENIZER_FILES, Source, resolve
+
+SUFFIX = ".edgellama"
+MAX_CONFIG_BYTES = 1 * MIB
+MAX_FILE_BYTES = 32 * MIB
+"""Of each tokenizer file; Llama-3's tokenizer.json has 9 MB."""
+_CODE_BITS = {"int4.g128": 4, "int8.g128": 8}
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    method: str = "search",
+    lm_head_bits: int = 8,
+    max_ram: int | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    n_threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConvertReport:
+    """Convert a hub id or a local folder into one `.edgellama` file, by default `./<name of the source>.edgellama`.
+
+    method: "rtn" or "search". lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that the process may
+    hold (RSS without pages of mapped files). progress(done, total) counts weights. Raises ConvertError, ConfigError or
+    TokenizerError; the destination is then what it was before, or absent.
+    """
+    started = time.perf_counter()
+    n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)
+    origin = resolve(source, revision=revision, token=token, offline=offline)
+    destination = Path(f"{origin.name.rsplit('/', 1)[-1]}{SUFFIX}" if out is None else out)
+    check_destination(destination)
+    raw_config, config = read_config(origin.folder)
+    files = read_files(origin.folder)
+    warnings = check_tokenizer(files, config)
+    quantize(np.zeros((1, 1), np.float32), 4, method)  # compiles, before memory is measured and time counted
+
+    with Checkpoint(origin.folder) as checkpoint:
+        specs = model_tensors(config, lm_head_bits)
+        plan = plan_tensors(config, specs, checkpoint.tensors)
+        _check_disk(destination, specs, files)
+        work = _Conversion(checkpoint, specs, plan, method, max_ram, n_threads, files, progress)
+        with work.pipeline, ModelWriter(destination, raw_config, lm_head_bits=lm_head_bits, method=method) as writer:
+            work.compare_tied()
+            for spec in specs:
+                writer.write(spec.name, work.data(spec))
+            writer.finish(files, _provenance(origin, checkpoint, raw_files=_hashed_files(origin.folder, files)))
+        seconds = time.perf_counter() - started
+        file_bytes = destination.stat().st_size
+        errors = {name: error.relative_rms for name, error in work.pipeline.errors.items()}
+        return ConvertReport(
+            out=destination,
+            source=origin.name,
+            commit=origin.commit,
+            method=method,
+            lm_head_bits=lm_head_bits,
+            source_bytes=checkpoint.nbytes,
+            file_bytes=file_bytes,
+            weights=work.total,
+            linear_bits_per_weight=_linear_bits(specs),
+            bits_per_weight=8 * file_bytes / work.total,
+            worst_tensor=max(errors.items(), key=lambda item: item[1]),
+            errors=errors,
+            ignored=plan.ignored,
+            ignored_config_keys=dict(config.ignored),
+            seconds=seconds,
+            n_threads=n_threads,
+            weights_per_second=work.total / seconds,
+            peak_rss=work.peak_rss,
+            files=tuple(files),
+            warnings=tuple(warnings),
+        )
+
+
+class _Conversion:
+    """The tensors of one conversion as streams of bytes, with memory watched and progress told."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        specs: Sequence[TensorSpec],
+        plan: Plan,
+        method: str,
+        max_ram: int | None,
+        n_threads: int,
+        files: Mapping[str, bytes],
+        progress: Callable[[int, int], None] | None,
+    ):
+        self.checkpoint, self.plan, self.method, self.max_ram = checkpoint, plan, method, max_ram
+        self.progress = progress or (lambda done, total: None)
+        tensors = {tensor.name: tensor for tensor in plan.sources.values()}
+        self.total = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+        self.done = 0
+        self.peak_rss = private_bytes()
+        self.scales: dict[str, np.ndarray] = {}
+        buffers = plan_buffers(
+            max_ram,
+            widest=max(tensor.shape[-1] for tensor in tensors.values() if len(tensor.shape) == 2),
+            weight_bytes=max(tensor.nbytes // max(1, int(np.prod(tensor.shape))) for tensor in tensors.values()),
+            held_bytes=_held_bytes(specs) + sum(len(data) for data in files.values()),
+            n_threads=n_threads,
+        )
+        self.pipeline = Pipeline(checkpoint, buffers, n_threads, self._on_weights)
+
+    def _on_weights(self, n: int) -> None:
+        held = private_bytes()
+        check_memory(self.max_ram, held)
+        if held is not None:
+            self.peak_rss = max(held, self.peak_rss or 0)
+        self.done += n
+        self.progress(self.done, self.total)
+
+    def data(self, spec: TensorSpec) -> Iterator[np.ndarray] | np.ndarray:
+        """What the file stores of one tensor, in pieces that are valid until the next is asked for."""
+        tensor = self.plan.sources[spec.name]
+        if spec.layout in _CODE_BITS:
+            n, k = padded_shape(*spec.shape)
+            scales = np.empty((n // 16, k // GROUP_SIZE, 16), np.float16)
+            self.scales[spec.name.removesuffix(".qweight") + ".scales"] = scales
+            return self.pipeline.quantized(tensor, _CODE_BITS[spec.layout], self.method, scales)
+        if spec.layout == "scales.g128":
+            return self.scales.pop(spec.name)
+        if spec.layout in ("f16", "f16.r16"):
+            return self.pipeline.float16(tensor, blocked=spec.layout == "f16.r16")
+        assert spec.layout == "f32"
+        return self._vector(tensor)
+
+    def _vector(self, tensor: SourceTensor) -> np.ndarray:
+        values = self.checkpoint.read(tensor)
+        if not np.isfinite(values).all():
+            bad = int(np.argmin(np.isfinite(values)))
+            raise ConvertError(
+                f"tensor {tensor.name}: value [{bad}] is {values[bad]:g}; the checkpoint is damaged, download it again"
+            )
+        self._on_weights(values.size)
+        return values
+
+    def compare_tied(self) -> None:
+        """A tied model that stores lm_head as well must store the same values there: only one is kept."""
+        if self.plan.must_equal is not None and not self.pipeline.equal(*self.plan.must_equal):
+            raise refuse_untied()
+
+
+def _check_options(method: str, lm_head_bits: int, max_ram: int | None, n_threads: int | None) -> int:
+    """The number of threads, all options being valid."""
+    if method not in METHODS:
+        raise ConvertError(f"method {method!r} is unknown: it is one of {', '.join(METHODS)}")
+    if lm_head_bits not in LM_HEAD_BITS:
+        raise ConvertError(f"lm_head_bits {lm_head_bits!r} is not possible: it is one of 4, 8, 16")
+    if max_ram is not None and max_ram <= 0:
+        raise ConvertError(f"max_ram {max_ram} must be a positive number of bytes")
+    if n_threads is None:
+        return default_threads()
+    if not 1 <= n_threads <= 1024:
+        raise ConvertError(f"n_threads {n_threads} must be from 1 to 1024")
+    return n_threads
+
+
+def check_destination(path: Path) -> None:
+    """Only an `.edgellama` file is ever replaced; ConvertError about everything else that may be there."""
+    if path.is_dir():
+        raise ConvertError(f"{path} is a folder; name a file in it: -o {path / f'model{SUFFIX}'}")
+    if not path.parent.is_dir():
+        raise ConvertError(f"the folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ConvertError(f"the folder {path.parent} cannot be written to")
+    if path.is_symlink() and not path.exists():
+        raise ConvertError(f"{path} is a link to nothing; remove it, or choose another name with -o")
+    if path.exists():
+        if not path.is_file():
+            raise ConvertError(f"{path} exists and is not a file; choose another name with -o")
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise ConvertError(f"{path} exists and is not an {SUFFIX} file; choose another name with -o")
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], LlamaConfig]:
+    """config.json verbatim, and understood."""
+    try:
+        raw = parse_object(read_small(folder / CONFIG_FILE, MAX_CONFIG_BYTES), CONFIG_FILE, 0)
+    except FormatError as error:
+        raise ConvertError(str(error)) from None
+    return raw, LlamaConfig.from_dict(raw)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The tokenizer, chat template and generation defaults of the folder, verbatim."""
+    return {name: read_small(folder / name, MAX_FILE_BYTES) for name in TOKENIZER_FILES if (folder / name).exists()}
+
+
+def check_tokenizer(files: Mapping[str, bytes], config: LlamaConfig) -> list[str]:
+    """Load the tokenizer once, so that a damaged one is refused now (TokenizerError); warnings otherwise."""
+    from edgellama.tokenizer import load_tokenizer
+
+    if "tokenizer.json" not in files and "tokenizer.model" not in files:
+        return ["the source has no tokenizer.json or tokenizer.model: the model will take and give token ids only"]
+    tokenizer = load_tokenizer(files, config)
+    if tokenizer.vocab_size > config.vocab_size:
+        return [
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            "the last ones cannot be used"
+        ]
+    return []
+
+
+def _held_bytes(specs: Sequence[TensorSpec]) -> int:
+    """Upper bound of what is held besides slabs: the scales of one layer (or of lm_head) and a vector."""
+    by_layer: dict[str, int] = {}
+    for spec in specs:
+        if spec.layout in ("scales.g128", "f32"):
+            layer = ".".join(spec.name.split(".")[:3])
+            by_layer[layer] = by_layer.get(layer, 0) + 2 * LAYOUTS[spec.layout].nbytes(spec.shape)
+    return max(by_layer.values(), default=0) + MIB
+
+
+def _check_disk(destination: Path, specs: Sequence[TensorSpec], files: Mapping[str, bytes]) -> None:
+    """ConvertError now rather than after an hour: the file is written beside an old one, which it then replaces."""
+    needed = sum(LAYOUTS[spec.layout].nbytes(spec.shape) for spec in specs) + 2 * MIB
+    needed += sum(len(data) for data in files.values())
+    free = shutil.disk_usage(destination.parent).free
+    if needed > free:
+        raise ConvertError(
+            f"{destination.parent}: {needed // MIB} MiB are needed, {free // MIB} MiB are free; "
+            "free some space, or choose another disk with -o"
+        )
+
+
+def _linear_bits(specs: Sequence[TensorSpec]) -> float:
+    """Bits per weight of the layers' matrices."""
+    layers = [spec for spec in specs if spec.name.startswith("model.layers.") and len(spec.shape) == 2]
+    stored = sum(LAYOUTS[spec.layout].nbytes(spec.shape) for spec in layers)
+    return 8 * stored / sum(int(np.prod(spec.shape)) for spec in layers if spec.layout in _CODE_BITS)
+
+
+def _hashed_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {CONFIG_FILE: read_small(folder / CONFIG_FILE, MAX_CONFIG_BYTES), **files}
+
+
+def _provenance(origin: Source, checkpoint: Checkpoint, raw_files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Where the weights come from. No times, no paths: the same source gives the same bytes."""
+    sources = {
+        name: {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)} for name, data in raw_files.items()
+    }
+    for name, file in checkpoint.files.items():
+        sources[name] = {"bytes": file.size, "xxh3_128_by_tensor": file.digest()}
+    return {
+        "source": origin.name,
+        "commit": origin.commit,
+        "files": sources,
+        "converter": f"edgellama {_version()}",
+    }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("edgellama")
+    except metadata.PackageNotFoundError:
+        return "unknown"
