@@ -1,1 +1,74 @@
-""""""
+"""What a device must be able to do to run a model, and the check of its input that all of them share.
+
+A backend owns the weights as its device needs them and a KV cache of `n_slots` sequences, each of `n_ctx` positions. It
+knows tokens, positions and slots as numbers; it does not know text, sampling or who owns a slot.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from edgellama.errors import ContextError
+
+
+class Backend(Protocol):
+    """One loaded model on one device. Calls must not overlap; the caller serializes them.
+
+    >>> backend.forward(tokens=[1, 15043, 445], positions=[0, 1, 2], slots=[0, 0, 0], rows=[2])  # prefill, last logits
+    >>> backend.forward(tokens=[338, 263], positions=[3, 0], slots=[0, 1], rows=[0, 1])  # one token of two sequences
+    """
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions in each slot's cache."""
+
+    @property
+    def n_slots(self) -> int:
+        """Sequences the cache holds."""
+
+    def forward(self, tokens: ArrayLike, positions: ArrayLike, slots: ArrayLike, rows: ArrayLike) -> np.ndarray:
+        """Run a flat batch of tokens; return float32 [R, vocab_size], the logits after the tokens numbered in `rows`.
+
+        Token t is `tokens[t]` at `positions[t]` of the sequence in `slots[t]` (all int32 [T]); its keys and values are
+        written there, over whatever was there. It attends to every position of its slot up to its own, those written by
+        this call included: the caller sees to it that all of them have been written. Where RoPE depends on the
+        sequence's length, that is 1 + the slot's highest position in this call.
+        """
+
+    def close(self) -> None:
+        """Give back what the backend holds; it cannot be used afterwards. Closing twice is fine."""
+
+
+def check_batch(
+    tokens: ArrayLike, positions: ArrayLike, slots: ArrayLike, rows: ArrayLike, *, vocab_size: int, backend: Backend
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The four arrays of a `forward` call as contiguous int32, every index proven to be in range.
+
+    Kernels check nothing: this is what stands between a wrong number and memory that is not ours. A position beyond the
+    cache is a ContextError; the rest can only be a caller's mistake and is a ValueError.
+    """
+    batch = {"tokens": tokens, "positions": positions, "slots": slots, "rows": rows}
+    arrays = {name: np.atleast_1d(np.asarray(value)) for name, value in batch.items()}
+    n_tokens = arrays["tokens"].size
+    if n_tokens == 0:
+        raise ValueError("tokens must not be empty")
+    limits = {"tokens": vocab_size, "positions": backend.n_ctx, "slots": backend.n_slots, "rows": n_tokens}
+    for name, array in arrays.items():
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):  # an empty list has no kind
+            raise ValueError(f"{name} must be a list of whole numbers, got {array.dtype} {array.shape}")
+        if name != "rows" and array.size != n_tokens:
+            raise ValueError(f"{name} has {array.size} entries for {n_tokens} tokens")
+        if array.size and array.min() < 0:
+            raise ValueError(f"{name} must not be negative, got {array.min()}")
+        if array.size and array.max() >= limits[name]:
+            if name == "positions":
+                raise ContextError(f"{array.max() + 1} tokens do not fit into a context of {backend.n_ctx} (n_ctx)")
+            raise ValueError(f"{name} must be below {limits[name]}, got {array.max()}")
+    checked = {name: np.ascontiguousarray(array, np.int32) for name, array in arrays.items()}
+    places = checked["slots"].astype(np.int64) * backend.n_ctx + checked["positions"]
+    if np.unique(places).size != n_tokens:
+        raise ValueError("two tokens have the same slot and position")
+    return checked["tokens"], checked["positions"], checked["slots"], checked["rows"]

@@ -1,0 +1,160 @@
+"""The oracle: Llama's forward pass in float32 NumPy, in the order of transformers' `modeling_llama.py`.
+
+Every faster backend is tested against this one, and this one against transformers. So it is written to be read: no
+kernels, no threads, no tricks; weights are dequantized to float32 and multiplied. It knows the names of the tensors and
+leaves their bytes to `quant.py`. `forward` of a small model takes milliseconds, of a large one minutes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from edgellama import quant, rope
+from edgellama.backends import check_batch
+
+if TYPE_CHECKING:
+    from edgellama.format import ModelFile
+
+# Models up to this size in float32 are dequantized once; of larger ones each matrix anew when it is needed.
+KEEP_BYTES = 2 << 30
+
+
+class ReferenceBackend:
+    """A `Backend` with a float32 KV cache, [layers, slots, n_ctx, kv_heads, head_dim] each for keys and values."""
+
+    def __init__(self, model_file: ModelFile, n_ctx: int, n_slots: int = 1):
+        config = model_file.config
+        self.config, self.n_ctx, self.n_slots = config, n_ctx, n_slots
+        self._file = model_file
+        self._kept: dict[str, np.ndarray] | None = {} if _float32_bytes(model_file) <= KEEP_BYTES else None
+        cache_shape = (config.num_hidden_layers, n_slots, n_ctx, config.num_key_value_heads, config.head_dim)
+        self._keys = np.zeros(cache_shape, np.float32)
+        self._values = np.zeros(cache_shape, np.float32)
+
+    def close(self) -> None:
+        self._kept = None
+        self._keys = self._values = np.zeros(0, np.float32)
+
+    def forward(self, tokens: ArrayLike, positions: ArrayLike, slots: ArrayLike, rows: ArrayLike) -> np.ndarray:
+        """See `Backend.forward`."""
+        config = self.config
+        tokens, positions, slots, rows = check_batch(
+            tokens, positions, slots, rows, vocab_size=config.vocab_size, backend=self
+        )
+        cos, sin = self._cos_sin(positions, slots)  # [T, head_dim / 2]
+        x = self._matrix("model.embed_tokens")[tokens]  # [T, hidden]: the residual stream
+
+        for i in range(config.num_hidden_layers):
+            layer = f"model.layers.{i}"
+
+            # Attention: which earlier positions matter to each token, and what they say.
+            h = self._rms_norm(x, f"{layer}.input_layernorm")
+            q = self._heads(self._linear(h, f"{layer}.self_attn.q_proj"))  # [T, heads, head_dim]
+            k = self._heads(self._linear(h, f"{layer}.self_attn.k_proj"))  # [T, kv_heads, head_dim]
+            v = self._heads(self._linear(h, f"{layer}.self_attn.v_proj"))
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            self._keys[i, slots, positions] = k
+            self._values[i, slots, positions] = v
+            attended = np.empty_like(q)
+            for slot in np.unique(slots):
+                mine = slots == slot
+                attended[mine] = _attention(q[mine], self._keys[i, slot], self._values[i, slot], positions[mine])
+            x = x + self._linear(attended.reshape(len(x), -1), f"{layer}.self_attn.o_proj")
+
+            # MLP: gated, on each token alone.
+            h = self._rms_norm(x, f"{layer}.post_attention_layernorm")
+            gate = ACTIVATIONS[config.hidden_act](self._linear(h, f"{layer}.mlp.gate_proj"))  # [T, intermediate]
+            up = self._linear(h, f"{layer}.mlp.up_proj")
+            x = x + self._linear(gate * up, f"{layer}.mlp.down_proj")
+
+        h = self._rms_norm(x[rows], "model.norm")  # [R, hidden]
+        return self._linear(h, "model.embed_tokens" if config.tie_word_embeddings else "lm_head")
+
+    def _cos_sin(self, positions: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [T, head_dim / 2] each; every slot's sequence has a length of its own."""
+        cos, sin = np.empty((2, len(positions), self.config.head_dim // 2), np.float32)
+        for slot in np.unique(slots):
+            mine = slots == slot
+            seq_len = 1 + int(positions[mine].max())
+            cos[mine], sin[mine] = rope.cos_sin(self.config, positions[mine], seq_len)
+        return cos, sin
+
+    def _rms_norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        variance = np.mean(x * x, axis=-1, keepdims=True)
+        return self._file.array(f"{name}.weight") * (x / np.sqrt(variance + np.float32(self.config.rms_norm_eps)))
+
+    def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        """[T, in] -> [T, out]"""
+        y = x @ self._matrix(name).T
+        return y + self._file.array(f"{name}.bias") if f"{name}.bias" in self._file.tensors else y
+
+    def _heads(self, x: np.ndarray) -> np.ndarray:
+        """[T, heads * head_dim] -> [T, heads, head_dim]"""
+        return x.reshape(len(x), -1, self.config.head_dim)
+
+    def _matrix(self, name: str) -> np.ndarray:
+        """float32 [out_features, in_features]"""
+        if self._kept is None:
+            return quant.load_matrix(self._file, name)
+        if name not in self._kept:
+            self._kept[name] = quant.load_matrix(self._file, name)
+        return self._kept[name]
+
+
+def _float32_bytes(model_file: ModelFile) -> int:
+    return sum(4 * math.prod(entry.shape) for entry in model_file.tensors.values())
+
+
+def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Turn each pair (x[i], x[i + head_dim/2]) of x [T, heads, head_dim] by its angle; cos, sin [T, head_dim/2]."""
+    a, b = np.split(x, 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def _attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """q [T, heads, head_dim] of one slot; keys, values [n_ctx, kv_heads, head_dim] -> [T, heads, head_dim].
+
+    Each group of heads / kv_heads query heads shares one head of keys and values.
+    """
+    _, heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    length = 1 + int(positions.max())
+    hidden = np.arange(length)[None, :] > positions[:, None]  # [T, length]: the future
+    out = np.empty_like(q)
+    for head in range(heads):
+        kv_head = head // (heads // kv_heads)
+        scores = q[:, head] @ keys[:length, kv_head].T * np.float32(head_dim**-0.5)  # [T, length]
+        scores[hidden] = -np.inf
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out[:, head] = weights @ values[:length, kv_head]
+    return out
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # exp(100) is inf in float32, and x / inf the right answer
+        return x / (1 + np.exp(-x))
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return (x * 0.5 * (1 + _erf(x / math.sqrt(2)))).astype(np.float32)
+
+
+def gelu_pytorch_tanh(x: np.ndarray) -> np.ndarray:
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+    return np.float32(0.5) * x * (1 + np.tanh(inner))
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0)
+
+
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_pytorch_tanh": gelu_pytorch_tanh, "relu": relu}
