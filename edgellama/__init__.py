@@ -1,1 +1,71 @@
-"""edgellama: run Llama models on your own machine."""
+"""edgellama: run Llama models on your own machine.
+
+    import edgellama
+
+    with edgellama.load("llama-2-7b.edgellama") as llm:
+        for piece in llm.generate("Once upon a time", max_new_tokens=64, stream=True):
+            print(piece, end="", flush=True)
+
+This module knows names only: what stands behind them is imported at first use, so `import edgellama` costs
+a few milliseconds and never imports Numba.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"  # the one source; the build reads it from here
+
+if TYPE_CHECKING:
+    from edgellama.errors import (
+        ConfigError,
+        ContextError,
+        ConvertError,
+        DeviceError,
+        EdgellamaError,
+        FormatError,
+        TokenizerError,
+    )
+    from edgellama.generate import Generation, Stream, Timings
+    from edgellama.model import Llama, load
+
+_HOME = {  # public name -> the module that defines it
+    "load": "edgellama.model",
+    "Llama": "edgellama.model",
+    "Generation": "edgellama.generate",
+    "Stream": "edgellama.generate",
+    "Timings": "edgellama.generate",
+    "EdgellamaError": "edgellama.errors",
+    "FormatError": "edgellama.errors",
+    "ConfigError": "edgellama.errors",
+    "ConvertError": "edgellama.errors",
+    "TokenizerError": "edgellama.errors",
+    "ContextError": "edgellama.errors",
+    "DeviceError": "edgellama.errors",
+}
+
+__all__ = [
+    "ConfigError",
+    "ContextError",
+    "ConvertError",
+    "DeviceError",
+    "EdgellamaError",
+    "FormatError",
+    "Generation",
+    "Llama",
+    "Stream",
+    "Timings",
+    "TokenizerError",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'edgellama' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,133 @@
+"""What the verbs share on the terminal: notes, one-line errors, sizes and times as people read them.
+
+Text from files and models is cleaned before a terminal sees it: an untrusted file must not send escape sequences.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import sys
+from typing import IO, Any
+
+from edgellama.errors import EdgellamaError
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def prepare_streams() -> None:
+    """A character the terminal cannot show becomes `?`, never an exception."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure:
+            with contextlib.suppress(OSError, ValueError):
+                reconfigure(errors="replace")
+
+
+def note(text: str = "") -> None:
+    """One line to stderr; a closed stderr is nobody's problem."""
+    with contextlib.suppress(OSError, ValueError):
+        print(clean(text), file=sys.stderr, flush=True)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """An answer to stdout, at once. Cleaned only for a terminal: a pipe gets the very text."""
+    sys.stdout.write((clean(text, keep="\n\t") if sys.stdout.isatty() else text) + end)
+    sys.stdout.flush()
+
+
+def say_json(value: Any) -> None:
+    """One JSON object on one line of stdout."""
+    utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(value, ensure_ascii=not utf8, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def clean(text: str, keep: str = "\t") -> str:
+    """`text` without control characters and direction overrides, except those in `keep`.
+
+    >>> clean("a\\x1b[2Jb")
+    'a?[2Jb'
+    """
+    return _CONTROL.sub(lambda match: match[0] if match[0] in keep else "?", text)
+
+
+def one_line(error: Exception) -> str | None:
+    """The line that tells a user what went wrong; None for what is no user's error."""
+    if isinstance(error, EdgellamaError):
+        text = str(error)
+    elif isinstance(error, MemoryError):
+        text = "out of memory; close other programs, or ask for a shorter context (-c)"
+    elif isinstance(error, OSError):
+        text = _os_error(error)
+    else:
+        return None
+    return "edgellama: error: " + " ".join(text.split())
+
+
+def _os_error(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        reason = "no space left on the disk"
+    elif error.strerror:
+        reason = error.strerror[0].lower() + error.strerror[1:]
+    else:
+        return str(error) or type(error).__name__
+    where = error.filename2 or error.filename
+    return f"{where}: {reason}" if where else reason
+
+
+def drop_stdout() -> None:
+    """Send the rest of stdout nowhere, so that the interpreter's last flush stays quiet."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def is_terminal(stream: IO[str]) -> bool:
+    try:
+        return stream.isatty()
+    except (OSError, ValueError):
+        return False
+
+
+def size(n_bytes: float) -> str:
+    """
+    >>> size(13_476_925_163), size(999), size(2_500_000)
+    ('13.48 GB', '999 B', '2.5 MB')
+    """
+    for unit, digits in (("B", 0), ("kB", 1), ("MB", 1)):
+        if n_bytes < 1000:
+            return f"{n_bytes:.{digits}f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.2f} GB"
+
+
+def count(n: float) -> str:
+    """
+    >>> count(6_738_415_616), count(25_829_888), count(640)
+    ('6.74 B', '25.8 M', '640')
+    """
+    for unit, scale, digits in (("B", 1e9, 2), ("M", 1e6, 1), ("k", 1e3, 1)):
+        if n >= scale:
+            return f"{n / scale:.{digits}f} {unit}"
+    return f"{n:.0f}"
+
+
+def seconds(value: float) -> str:
+    """
+    >>> seconds(0.0123), seconds(4.25), seconds(312)
+    ('12 ms', '4.2 s', '5 min 12 s')
+    """
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
+    if value < 60:
+        return f"{value:.1f} s"
+    return f"{value // 60:.0f} min {value % 60:.0f} s"
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two columns, the first padded."""
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)

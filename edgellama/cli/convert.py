@@ -1,0 +1,81 @@
+"""`edgellama convert`: a Hugging Face Llama checkpoint becomes one .edgellama file."""
+
+import argparse
+
+from edgellama.cli import console, options
+from edgellama.cli.progress import Progress
+
+_DESCRIPTION = "Make one .edgellama file from a Hugging Face Llama checkpoint."
+_EPILOG = """\
+examples: edgellama convert meta-llama/Llama-2-7b-hf -o llama-2-7b.edgellama
+          edgellama convert ./my-checkpoint
+
+A hub id is fetched through huggingface_hub, with its cache and token (HF_HOME,
+HF_TOKEN). The checkpoint is read tensor by tensor: memory stays far below its
+size. Interrupted, it leaves nothing behind."""
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "convert", help="make an .edgellama file from a checkpoint", description=_DESCRIPTION, epilog=_EPILOG
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a hub id (org/name) or a local folder with safetensors")
+    parser.add_argument("-o", "--out", metavar="OUT", help="default: the source's last part + .edgellama, here")
+    parser.add_argument(
+        "--method", default="search", choices=("search", "rtn"), help="search (better, default) or rtn (plain rounding)"
+    )
+    parser.add_argument(
+        "--lm-head-bits", type=int, default=8, choices=(4, 8, 16), help="bits of the output layer (default 8)"
+    )
+    parser.add_argument("--max-ram", type=options.byte_size, metavar="SIZE", help="stay below this, e.g. 1.5G")
+    parser.add_argument("--revision", metavar="REV", help="a hub branch, tag or commit")
+    parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
+    parser.add_argument("-t", "--threads", type=options.positive_int, metavar="T")
+    options.add_json(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from edgellama_convert import convert
+
+    with Progress("convert", unit="weights", quiet=args.quiet) as progress:
+        try:
+            report = convert(
+                args.source,
+                args.out,
+                method=args.method,
+                lm_head_bits=args.lm_head_bits,
+                max_ram=args.max_ram,
+                revision=args.revision,
+                offline=args.offline,
+                n_threads=args.threads,
+                progress=progress.update,
+            )
+        except KeyboardInterrupt:
+            progress.close()
+            console.note("interrupted; nothing was written")
+            return 130
+    if args.json:
+        console.say_json(report.to_dict())
+        return 0
+    console.say(str(report.out))
+    if not args.quiet:
+        for line in summary(report):
+            console.note(line)
+        console.note(f'next: edgellama generate {report.out} -p "Once upon a time"')
+    return 0
+
+
+def summary(report) -> list[str]:
+    """What was read, what was written, how good and how fast; for people."""
+    name, error = report.worst_tensor
+    return [
+        f"{console.size(report.source_bytes)} -> {console.size(report.file_bytes)}, "
+        f"{console.count(report.weights)} weights, "
+        f"{report.bits_per_weight:.2f} bits per weight ({report.linear_bits_per_weight:.2f} in the linear layers)",
+        f"largest error {error:.1%} (relative rms) in {name}",
+        f"{console.seconds(report.seconds)}, {console.count(report.weights_per_second)} weights/s"
+        + (f", peak memory {console.size(report.peak_rss)}" if report.peak_rss else ""),
+        *(f"warning: {warning}" for warning in report.warnings),
+    ]

@@ -1,0 +1,50 @@
+"""`edgellama generate`: continue a prompt, streamed."""
+
+import argparse
+import sys
+
+from edgellama.cli import console, options
+from edgellama.cli.reply import stream_reply, summary
+
+_DESCRIPTION = "Continue a prompt. The text goes to stdout as it is made, remarks to stderr."
+_EPILOG = """\
+example: edgellama generate llama-2-7b.edgellama -p "Once upon a time" -n 100
+
+Without sampling options the model's own defaults hold (generation_config.json),
+else temperature 0.8, top-k 40, top-p 0.95, min-p 0.05. Ctrl-C ends the reply."""
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser("generate", help="continue a prompt", description=_DESCRIPTION, epilog=_EPILOG)
+    options.add_model(parser)
+    parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="the text to continue; - reads stdin")
+    options.add_sampling(parser, "stop after N tokens (default: the model's own, else 256)")
+    options.add_runtime(parser)
+    options.add_json(parser, "print one JSON object when done, instead of the text")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no remarks, only the text and errors")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    path = options.model_of(args)
+    sampling = options.sampling_of(args)
+    prompt = options.read_prompt(args.prompt)
+    from edgellama.model import load
+
+    with load(path, device=args.device, n_ctx=args.ctx, n_threads=args.threads) as llm:
+        if not args.quiet:
+            for remark in llm.notes:
+                console.note(f"note: {remark}")
+        stream = llm.generate(prompt, args.max_new_tokens, **sampling, stream=True)
+        code = stream_reply(stream, silent=args.json)
+        result = stream.result
+        room = llm.n_ctx - len(result.prompt_token_ids)
+    if args.json:
+        console.say_json(result.to_dict())
+    elif console.is_terminal(sys.stdout) or not result.text.endswith("\n"):
+        console.say("")
+    if code:
+        console.note(f"interrupted after {len(result.token_ids)} tokens")
+    elif not args.quiet:
+        console.note(summary(result, context_full=len(result.token_ids) == room))
+    return code

@@ -1,0 +1,127 @@
+"""Options that several verbs share, and the types of their values: a bad one is wrong usage (exit 2)."""
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from edgellama.errors import EdgellamaError
+
+if TYPE_CHECKING:
+    from edgellama.sampling import SamplingOptions
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_positional", nargs="?", metavar="MODEL", help="an .edgellama file")
+    parser.add_argument("-m", "--model", dest="model_option", metavar="MODEL", help="the same, as an option")
+
+
+def model_of(args: argparse.Namespace) -> str:
+    """The one MODEL that was given. Wrong usage is the caller's `parser.error` (exit 2)."""
+    given = [each for each in (args.model_positional, args.model_option) if each is not None]
+    if len(given) != 1:
+        args.parser.error("give one MODEL, an .edgellama file" if not given else "MODEL was given twice")
+    return given[0]
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens_help: str) -> None:
+    parser.add_argument("-n", "--max-new-tokens", type=positive_int, metavar="N", help=max_new_tokens_help)
+    parser.add_argument("-s", "--seed", type=natural, metavar="S", help="the same seed gives the same text again")
+    parser.add_argument(
+        "--temperature", "--temp", type=number(0), metavar="T", help="0 always takes the likeliest token; 0.8 varies"
+    )
+    parser.add_argument("--top-k", type=natural, metavar="K", help="choose among the K likeliest tokens; 0 is off")
+    parser.add_argument("--top-p", type=number(0, 1), metavar="P", help="... that make up P of the probability")
+    parser.add_argument("--min-p", type=number(0, 1), metavar="P", help="... at least P times as likely as the first")
+
+
+def sampling_of(args: argparse.Namespace) -> "SamplingOptions":
+    if args.top_p == 0:
+        args.parser.error("--top-p must be above 0")
+    return {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "seed": args.seed,
+    }
+
+
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-t", "--threads", type=positive_int, metavar="T", help="default: the physical cores this process may use"
+    )
+    parser.add_argument("-c", "--ctx", type=positive_int, metavar="N", help="positions in the KV cache")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        choices=("cpu", "auto", "reference", "cuda"),
+        metavar="D",
+        help="cpu (default); auto (the best there is); reference (slow, exact)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "print one JSON object") -> None:
+    parser.add_argument("--json", action="store_true", help=what)
+
+
+def positive_int(text: str) -> int:
+    return _int(text, 1)
+
+
+def natural(text: str) -> int:
+    return _int(text, 0)
+
+
+def _int(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not least <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is too {'small' if value < least else 'large'}")
+    return value
+
+
+def number(least: float, most: float = math.inf) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not (math.isfinite(value) and least <= value <= most):
+            limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range; {limits} is meant")
+        return value
+
+    return parse
+
+
+def byte_size(text: str) -> int:
+    """
+    >>> byte_size("1.5G"), byte_size("800MB"), byte_size("4096")
+    (1500000000, 800000000, 4096)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 800M, 1.5G or a number of bytes")
+    value, unit, binary = match.groups()
+    result = int(float(value) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
+    if result < 1:
+        raise argparse.ArgumentTypeError("the size must be at least one byte")
+    return result
+
+
+def read_prompt(text: str) -> str:
+    """`text`, or stdin for "-" (without its last line break)."""
+    if text != "-":
+        return text
+    import sys
+
+    data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    try:
+        prompt = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EdgellamaError(f"stdin is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
+    return prompt.removesuffix("\n").removesuffix("\r")

@@ -1,0 +1,67 @@
+"""Progress on stderr: a bar with the time left on a terminal, a line every tenth elsewhere (logs)."""
+
+import sys
+import time
+from typing import Any
+
+from edgellama.cli import console
+
+_LINES = 10
+
+
+class Progress:
+    """A context manager; `update(done, total)` may come as often as it likes.
+
+    `unit` is "B" or a word; `quiet` shows nothing.
+    """
+
+    def __init__(self, what: str, unit: str, quiet: bool = False):
+        self._what, self._unit, self._quiet = what, unit, quiet
+        self._bar: Any = None
+        self._shown = 0
+        self._begun = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def update(self, done: int, total: int) -> None:
+        if self._quiet or total <= 0:
+            return
+        if console.is_terminal(sys.stderr):
+            self._update_bar(done, total)
+        else:
+            self._update_lines(done, total)
+
+    def _update_bar(self, done: int, total: int) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total,
+                desc=self._what,
+                unit=self._unit if self._unit == "B" else f" {self._unit}",
+                unit_scale=True,
+                file=sys.stderr,
+                leave=False,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left",
+            )
+        self._bar.update(done - self._bar.n)
+
+    def _update_lines(self, done: int, total: int) -> None:
+        step = done * _LINES // total
+        if step <= self._shown:
+            return
+        self._shown = step
+        spent = time.monotonic() - self._begun
+        left = spent * (total - done) / done
+        if spent >= 1 or left >= 1:  # what is over at once needs no log
+            console.note(f"{self._what}: {done * 100 // total} %, {console.seconds(left)} left")

@@ -1,0 +1,241 @@
+"""Llama and load: the cache's bookkeeping, ids that are none, closing, the context's size."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from fakes import FakeFile, fake_llama
+
+import edgellama
+from edgellama.errors import ContextError, DeviceError, EdgellamaError
+from edgellama.memory import available_bytes
+from edgellama.model import choose_n_ctx, kv_bytes_per_token
+from edgellama.paths import find_model
+
+
+def test_forward_continues_where_it_was():
+    llm = fake_llama()
+    assert llm.forward([5, 6, 7]).shape == (3, 30)
+    assert llm.forward([8]).argmax() == 9
+    llm.reset()
+    llm.forward([9])
+    assert [call[1] for call in llm.backend.calls] == [[0, 1, 2], [3], [0]]
+
+
+@pytest.mark.parametrize(("keep", "rows"), [(0, [0, 1, 2]), (1, [2]), (2, [1, 2]), (9, [0, 1, 2])])
+def test_logits_to_keep(keep, rows):
+    llm = fake_llama()
+    logits = llm.forward([5, 6, 7], logits_to_keep=keep)
+    assert logits.dtype == np.float32
+    assert llm.backend.calls[0][3] == rows
+    assert logits.argmax(axis=1).tolist() == [6 + row for row in rows]
+
+
+@pytest.mark.parametrize("ids", [[5, 6], (5, 6), np.array([5, 6]), np.array([5, 6], np.uint16), np.array([[5, 6]])])
+def test_ids_in_every_usual_form(ids):
+    llm = fake_llama()
+    llm.forward(ids)
+    assert llm.backend.calls[0][0] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "says"),
+    [
+        ("ab", TypeError, "encode"),
+        ([], ValueError, "empty"),
+        ([1.5], TypeError, "integers"),
+        ([True], TypeError, "integers"),
+        (["a"], TypeError, "integers"),
+        (None, TypeError, "integers"),
+        ([3, -1], ValueError, r"input_ids\[1\] is -1"),
+        ([30], ValueError, "vocabulary of 30"),
+        ([2**40], ValueError, "vocabulary of 30"),
+        ([[1, 2], [3, 4]], ValueError, "one dimension"),
+        (7, ValueError, "one dimension"),
+    ],
+)
+def test_ids_that_are_none(ids, error, says):
+    llm = fake_llama()
+    with pytest.raises(error, match=says):
+        llm.forward(ids)
+    assert llm.backend.calls == []
+
+
+@pytest.mark.parametrize("keep", [-1, 1.0, True, "1"])
+def test_logits_to_keep_is_a_natural_number(keep):
+    with pytest.raises(ValueError, match="logits_to_keep"):
+        fake_llama().forward([1], keep)
+
+
+def test_a_full_cache_is_an_error_and_changes_nothing():
+    llm = fake_llama(n_ctx=4)
+    llm.forward([1, 2, 3])
+    with pytest.raises(ContextError, match=r"3 tokens.*2 new.*context of 4"):
+        llm.forward([4, 5])
+    assert llm.n_past == 3
+    llm.forward([4])
+
+
+def test_after_close_everything_says_so():
+    llm = fake_llama()
+    with llm:
+        llm.forward([1])
+    llm.close()
+    assert llm.file.closed
+    assert llm.backend.closed
+    for call in (lambda: llm.forward([1]), llm.reset, lambda: llm.generate("a"), lambda: llm.generate([1])):
+        with pytest.raises(EdgellamaError, match="closed"):
+            call()
+    assert "closed" in repr(llm)
+
+
+def test_close_ends_a_stream_of_this_thread():
+    with fake_llama() as llm:
+        stream = llm.generate("a", stream=True)
+        next(stream)
+    assert llm.backend.closed
+    assert list(stream) == []
+
+
+def test_close_waits_for_another_thread():
+    llm = fake_llama(delay=0.05)
+    entered = threading.Event()
+    results = []
+
+    def run():
+        entered.set()
+        results.append(llm.generate("a", 5, temperature=0).text)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    entered.wait()
+    time.sleep(0.02)
+    llm.close()
+    thread.join(20)
+    assert results == ["bcdef"]
+
+
+def test_n_ctx_is_the_models_where_memory_allows():
+    config = FakeFile(max_position_embeddings=4096).config
+    assert choose_n_ctx(config, None, 1000, 64 << 30) == (4096, [])
+    assert choose_n_ctx(config, None, 1000, None) == (4096, [])
+
+
+def test_n_ctx_is_cut_to_memory_and_says_so():
+    config = FakeFile(max_position_embeddings=1 << 20).config
+    free = (256 << 20) + 10_000 * kv_bytes_per_token(config) * 4 // 3
+    n_ctx, notes = choose_n_ctx(config, None, 0, free)
+    assert n_ctx == 9984
+    assert "9984" in notes[0]
+    assert "1048576" in notes[0]
+    assert choose_n_ctx(config, None, 1 << 40, free)[0] == 512
+
+
+def test_an_explicit_n_ctx_is_obeyed_or_refused():
+    config = FakeFile(max_position_embeddings=100).config
+    assert choose_n_ctx(config, 50, 0, 1 << 40) == (50, [])
+    assert "beyond the model's 100" in choose_n_ctx(config, 200, 0, 1 << 40)[1][0]
+    with pytest.raises(ContextError, match="n_ctx 1000000000 needs"):
+        choose_n_ctx(config, 10**9, 0, 1 << 30)
+
+
+def test_kv_bytes():
+    assert kv_bytes_per_token(FakeFile().config) == 2 * 1 * 2 * 8 * 2
+
+
+def test_available_memory_is_plausible():
+    free = available_bytes()
+    assert free is None or 1 << 20 < free < 1 << 50
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu", ""])
+def test_devices_that_are_not_there(device):
+    with pytest.raises(DeviceError, match="cpu"):
+        edgellama.load("whatever", device=device)
+
+
+@pytest.mark.parametrize("argument", ["n_ctx", "n_threads"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "4", True])
+def test_sizes_are_positive_integers(argument, value):
+    with pytest.raises((ValueError, TypeError), match=argument):
+        edgellama.load("whatever", **{argument: value})
+
+
+def test_a_missing_file_names_close_ones(tmp_path):
+    (tmp_path / "llama-2-7b.edgellama").touch()
+    with pytest.raises(EdgellamaError, match=r"no such file: .*did you mean .*llama-2-7b\.edgellama\?"):
+        edgellama.load(tmp_path / "lama-2-7b.edgellama")
+    with pytest.raises(EdgellamaError, match=r"did you mean .*llama-2-7b\.edgellama\?"):
+        find_model(tmp_path / "llama-2-7b")
+
+
+def test_what_is_no_model_file_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EDGELLAMA_HOME", str(tmp_path / "home"))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "x.gguf").touch()
+    for name, says in {
+        "hf": "edgellama convert hf",
+        "other": "is a folder",
+        "x.gguf": "is a .gguf file",
+        "org/name": "edgellama convert org/name",
+        "nothing.edgellama": "edgellama demo",
+    }.items():
+        with pytest.raises(EdgellamaError) as caught:
+            find_model(name)
+        assert says in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_public_names_are_lazy_and_complete():
+    code = (
+        "import sys, edgellama; heavy = {'numba', 'numpy', 'tokenizers', 'torch', 'jinja2'} & set(sys.modules); "
+        "assert not heavy, heavy; [getattr(edgellama, name) for name in edgellama.__all__]; "
+        "assert 'numba' not in sys.modules; assert dir(edgellama) == sorted(edgellama.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="nonsense"):
+        edgellama.nonsense  # noqa: B018
+
+
+# -- with a real file ------------------------------------------------------------------------------------------------
+
+
+def test_a_real_file_end_to_end(tiny_model):
+    with edgellama.load(tiny_model, device="reference") as llm:
+        ids = llm.tokenizer.encode("Hello")
+        assert ids[0] == 1
+        logits = llm.forward(ids)
+        assert logits.shape == (6, llm.config.vocab_size)
+        llm.reset()
+        np.testing.assert_allclose(llm.forward(ids[:3])[-1], logits[2], rtol=1e-4, atol=1e-4)
+        greedy = llm.generate(ids, 8, temperature=0)
+        assert greedy.token_ids[0] == int(logits[-1].argmax())
+        again = llm.generate("Hello", 8, temperature=0)
+        assert again.token_ids == greedy.token_ids
+        assert again.text == llm.tokenizer.decode(again.token_ids, skip_special_tokens=True)
+        seeded = [llm.generate("Hello", 8, seed=3).token_ids for _ in range(2)]
+        assert seeded[0] == seeded[1]
+
+
+def test_cpu_and_reference_agree(tiny_model):
+    ids = [1, 75, 104, 111, 111, 114]
+    with edgellama.load(tiny_model, device="reference") as reference, edgellama.load(tiny_model) as cpu:
+        expected, got = reference.forward(ids), cpu.forward(ids)
+    assert np.abs(got - expected).max() < 0.05 * np.ptp(expected)
+
+
+def test_loading_does_not_read_the_tokenizer(tiny_model, monkeypatch):
+    import edgellama.tokenizer
+
+    def fail(*_):
+        raise AssertionError("read")
+
+    monkeypatch.setattr(edgellama.tokenizer, "load_tokenizer", fail, raising=False)
+    with edgellama.load(tiny_model, device="reference") as llm:
+        llm.forward([1, 2, 3])
