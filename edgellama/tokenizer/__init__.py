@@ -1,1 +1,20 @@
-""""""
+"""Text to token ids and back, from a checkpoint's tokenizer files alone.
+
+    tokenizer = load_tokenizer(files, config)          # files: name -> bytes, as embedded in a model file
+    ids = tokenizer.encode("Hello this is a test")     # Llama-2's: [1, 15043, 445, 338, 263, 1243]
+    text = tokenizer.decode(ids)
+    stream = tokenizer.stream(); stream.push(id) -> str; stream.flush() -> str
+
+Modules: `loader` (which files, which class, assembly), `settings` (the small JSON files), `rebuild` (what transformers'
+tokenizer classes change about a tokenizer.json), `sentencepiece_model` (reads tokenizer.model), `stream` (incremental
+decode), `core` (`Tokenizer`), `guard` (other people's exceptions and panics become `TokenizerError`).
+
+Knows nothing of models, files on disk or the network. Importing it is cheap: `tokenizers` is imported by the first
+`load_tokenizer`. Which behaviour is Hugging Face's, where its versions differ: see `loader`.
+"""
+
+from edgellama.tokenizer.core import Tokenizer
+from edgellama.tokenizer.loader import load_tokenizer
+from edgellama.tokenizer.stream import StreamDecoder
+
+__all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
