@@ -141,7 +141,7 @@ def add_tokens(backend: "tokenizers.Tokenizer", settings: Settings, named: dict,
     """Registers the settings' added and special tokens, in transformers' order: unknown ones get the next free ids."""
     from tokenizers import AddedToken
 
-    tokens = [fields for _, fields in sorted(settings.added.items())]
+    tokens: list[dict[str, Any]] = [dict(settings.added[index]) for index in sorted(settings.added)]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     known.update(str(fields["content"]) for fields in tokens)
     names = {fields["content"] for fields in named.values() if fields is not None}

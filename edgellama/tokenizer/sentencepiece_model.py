@@ -7,6 +7,7 @@ BPE (`tokenizers`') produces the ids that SentencePiece itself does: tested agai
 Knows the file, not what a tokenizer class makes of it.
 """
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ def _read_piece(model: SpmModel, message: bytes) -> None:
             (score,) = struct.unpack("<f", _message(value))
         elif number == 3:
             kind = _integer(value)
-    if score != score:
+    if math.isnan(score):
         raise ValueError(f"piece {len(model.pieces)} has the score NaN")
     if len(model.pieces) >= _MAX_PIECES or len(piece) > _MAX_PIECE_CHARS:
         raise ValueError("too many pieces, or too long a one")

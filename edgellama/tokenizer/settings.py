@@ -82,7 +82,7 @@ def added_token_fields(where: str, value: object, **defaults: bool) -> AddedToke
 
 
 def read_settings(files: Mapping[str, bytes], tokenizer_json_tokens: list | None = None) -> Settings:
-    """The settings in `files`. `tokenizer_json_tokens`: the `added_tokens` of tokenizer.json, where they are at hand."""
+    """The settings in `files`. `tokenizer_json_tokens`: the `added_tokens` of tokenizer.json, if there is one."""
     name = "tokenizer_config.json"
     data = checked_bytes(files, name)
     raw = {} if data is None else parse_json_object(name, data)
@@ -119,7 +119,7 @@ def read_settings(files: Mapping[str, bytes], tokenizer_json_tokens: list | None
 
 
 def _read_older_files(settings: Settings, files: Mapping[str, bytes], tokenizer_json_tokens: list) -> None:
-    """special_tokens_map.json and added_tokens.json count only where tokenizer_config.json has no added_tokens_decoder."""
+    """special_tokens_map.json and added_tokens.json: read only if tokenizer_config.json has no added_tokens_decoder."""
     name = "special_tokens_map.json"
     data = checked_bytes(files, name)
     if data is not None:
@@ -192,7 +192,7 @@ def _chat_template(files: Mapping[str, bytes], raw: dict) -> str | dict[str, str
     value = raw.get("chat_template")
     if value is None or isinstance(value, str):
         return value
-    pairs = value.items() if isinstance(value, dict) else None
+    pairs: list[tuple] | None = list(value.items()) if isinstance(value, dict) else None
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         pairs = [(item.get("name"), item.get("template")) for item in value]
     if pairs is None or not all(isinstance(key, str) and isinstance(text, str) for key, text in pairs):

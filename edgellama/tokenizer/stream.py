@@ -12,10 +12,11 @@ Knows the JSON form of a decoder, not where tokens come from.
 import codecs
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9a-fA-F]{2})>", re.ASCII)
-_CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"))
-_CLEAN_UP += ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+_CLEAN_UP = [(f" {text}", text) for text in (".", "?", "!", ",")]
+_CLEAN_UP += [(" ' ", "'"), *((f" {text}", text) for text in ("n't", "'m", "'s", "'ve", "'re"))]
 
 
 def clean_up(text: str) -> str:
@@ -172,13 +173,13 @@ def decoder_steps(decoder: dict | None) -> list[_Step] | None:
             old, new = part["pattern"]["String"], part["content"]
             if fused and len(old) > 1:
                 return None
-            steps.append(_Each(lambda item, old=old, new=new: item.replace(old, new)))
+            steps.append(_Each(partial(_replace, old, new)))
         elif kind == "Strip" and len(part["content"]) == 1:
             content, start, stop = part["content"], part["start"], part["stop"]
             if fused:
                 steps.append(_StripText(content, start, stop))
             else:
-                steps.append(_Each(lambda item, a=(content, start, stop): _strip_item(item, *a)))
+                steps.append(_Each(partial(_strip, content, start, stop)))
         elif kind == "ByteFallback" and not fused:
             steps.append(_ByteFallback())
         elif kind == "ByteLevel" and not fused:
@@ -191,7 +192,11 @@ def decoder_steps(decoder: dict | None) -> list[_Step] | None:
     return steps
 
 
-def _strip_item(item: str, content: str, start: int, stop: int) -> str:
+def _replace(old: str, new: str, item: str) -> str:
+    return item.replace(old, new)
+
+
+def _strip(content: str, start: int, stop: int, item: str) -> str:
     machine = _StripText(content, start, stop)
     return "".join(machine.push(item))
 
