@@ -5,6 +5,7 @@
 """
 
 from .convert import convert
-from .report import ConvertReport
+from .export import export_hf
+from .report import ConvertReport, ExportReport
 
-__all__ = ["ConvertReport", "convert"]
+__all__ = ["ConvertReport", "ExportReport", "convert", "export_hf"]

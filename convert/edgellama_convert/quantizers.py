@@ -29,6 +29,7 @@ GROUP_BYTES = {4: GROUP_SIZE * ROW_BLOCK // 2, 8: GROUP_SIZE * ROW_BLOCK}
 
 # Adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to an integer, ties to even, on every machine.
 _ROUND = np.float32(12582912.0)
+_ROUND_BITS = np.int32(0x4B400000)  # of _ROUND; the bits above them are the integer
 _N_CANDIDATES = 16
 # |long end of the codes| / (absmax / scale) runs over these: above zero - 0.5 the largest weights are clipped.
 _FIRST_4, _LAST_4 = 6.0, 12.0
@@ -80,7 +81,7 @@ def _correlate(x, x_int, inverse_scale, zero):
     q_q = np.int32(0)
     low, high = np.int32(-zero), np.int32(zero - 1)
     for i in range(GROUP_SIZE):
-        q = np.int32((x[i] * inverse_scale + _ROUND) - _ROUND)
+        q = np.int32(np.float32(x[i] * inverse_scale + _ROUND).view(np.int32) - _ROUND_BITS)
         q = min(max(q, low), high)
         q_x = np.int32(q_x + np.int32(q * x_int[i]))
         q_q = np.int32(q_q + np.int32(q * q))
@@ -88,33 +89,25 @@ def _correlate(x, x_int, inverse_scale, zero):
 
 
 @njit(cache=True, nogil=True)
-def _squared_error(x, scale, zero):
-    """Exact squared error (float64) of a group with `scale`, added up in eight lanes and then in order."""
-    lanes = np.zeros(8, np.float64)
-    low, high = np.float32(-zero), np.float32(zero - 1)
-    for i in range(0, GROUP_SIZE, 8):
-        for j in range(8):
-            q = (x[i + j] / scale + _ROUND) - _ROUND
-            q = min(max(q, low), high)
-            difference = np.float64(x[i + j]) - np.float64(q * scale)
-            lanes[j] += difference * difference
-    total = 0.0
-    for j in range(8):
-        total += lanes[j]
-    return total
+def _sum_of_squares(values):
+    """Of float64[128], in four lanes and then in order: an order the compiler must keep."""
+    a, b, c, d = 0.0, 0.0, 0.0, 0.0
+    for i in range(0, GROUP_SIZE, 4):
+        a += values[i] * values[i]
+        b += values[i + 1] * values[i + 1]
+        c += values[i + 2] * values[i + 2]
+        d += values[i + 3] * values[i + 3]
+    return (a + b) + (c + d)
 
 
 @njit(cache=True, nogil=True)
-def _squared_sum(x):
-    """Sum of squares (float64) of a group, in the order of `_squared_error`."""
-    lanes = np.zeros(8, np.float64)
-    for i in range(0, GROUP_SIZE, 8):
-        for j in range(8):
-            lanes[j] += np.float64(x[i + j]) * np.float64(x[i + j])
-    total = 0.0
-    for j in range(8):
-        total += lanes[j]
-    return total
+def _squared_error(x, scale, zero, differences):
+    """Squared error (float64) of a group with `scale`, which is not 0; `differences` is float64[128] to work in."""
+    low, high = np.float32(-zero), np.float32(zero - 1)
+    for i in range(GROUP_SIZE):
+        q = min(max((x[i] / scale + _ROUND) - _ROUND, low), high)
+        differences[i] = np.float64(x[i]) - np.float64(q * scale)  # the product is exact: at most 19 bits
+    return _sum_of_squares(differences)
 
 
 @njit(cache=True, nogil=True)
@@ -187,6 +180,7 @@ def quantize_blocks(w, w_bits, zero, search, packed, scales, sums):
     n_blocks, n_groups = packed.shape[0], packed.shape[1]
     codes = np.empty((ROW_BLOCK, GROUP_SIZE), np.uint8)
     x_int = np.empty(GROUP_SIZE, np.int32)
+    differences = np.empty(GROUP_SIZE, np.float64)
     for block in range(n_blocks):
         error = 0.0
         energy = 0.0
@@ -202,12 +196,13 @@ def quantize_blocks(w, w_bits, zero, search, packed, scales, sums):
                 if half >= _HALF_INFINITY:
                     return row * n_groups + group
                 scale = _from_half(half)
-                group_energy = _squared_sum(x)
-                group_error = group_energy if half == 0 else _squared_error(x, scale, zero)
+                differences[:] = x
+                group_energy = _sum_of_squares(differences)
+                group_error = group_energy if half == 0 else _squared_error(x, scale, zero, differences)
                 if search and half != 0:
                     found = _search_scale(x, x_int, absmax, zero)
                     if found != 0:
-                        found_error = _squared_error(x, _from_half(found), zero)
+                        found_error = _squared_error(x, _from_half(found), zero, differences)
                         if found_error < group_error:
                             half, scale, group_error = found, _from_half(found), found_error
                 energy += group_energy
