@@ -66,7 +66,7 @@ CASES: dict[str, Case] = {
     ),
     "hidden_288": Case({"hidden_size": 288, "intermediate_size": 768, "num_key_value_heads": 6}),
     "vocab_256": Case({"vocab_size": 256}),
-    "one_layer_of_ones": Case(
+    "widths_below_a_group": Case(
         {
             "hidden_size": 6,
             "intermediate_size": 5,
