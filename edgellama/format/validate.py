@@ -1,0 +1,146 @@
+"""The proof that a file is a whole, well-formed `.edgellama` file, made before any of it is mapped.
+
+Knows every rule of FORMAT.md section 6, in its order. Works on any `Source` of bytes and never reads tensor data: their
+hashes are `ModelFile.verify`'s business. Cost: a few small reads and one pass over header and metadata.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import LlamaConfig
+from ..errors import ConfigError, FormatError
+from .container import (
+    DATA_ALIGNMENT,
+    PROLOGUE_SIZE,
+    TENSOR_ALIGNMENT,
+    TRAILER_SIZE,
+    Prologue,
+    align,
+    hash128,
+)
+from .fields import Fields, show
+from .layout import GROUP_SIZE, LAYOUTS, ROW_BLOCK
+from .metadata import Metadata, Source, check_metadata, check_trailers, check_zero
+from .schema import LM_HEAD_BITS, TensorSpec, model_tensors, tensor_count
+
+SCHEME = "int4.g128"
+SUPPORTED_FEATURES: frozenset[str] = frozenset()
+"""Values of `required_features` that this reader implements; format 1.0 has none."""
+
+_CONFIG_KEY = re.compile(r"(?:config\.json: )?([A-Za-z0-9_.]+)")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of the file. `shape` is logical, without padding; `offset` counts from the start of the file."""
+
+    name: str
+    layout: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a valid file says about itself."""
+
+    prologue: Prologue
+    header: dict[str, Any]
+    config: LlamaConfig
+    quantization: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    metadata: Metadata
+
+
+def validate(source: Source) -> Contents:
+    """Check everything but the tensors' bytes; FormatError names the field and the byte offset."""
+    smallest = DATA_ALIGNMENT + TENSOR_ALIGNMENT + 2 * TRAILER_SIZE
+    if source.size < smallest:
+        if source.size >= 8:
+            Prologue.check_magic(source.read(0, 8))
+        raise FormatError("file", source.size, f"too short: {source.size} bytes, at least {smallest} are needed")
+    prologue = Prologue.parse(source.read(0, PROLOGUE_SIZE), source.size)
+    trailers = check_trailers(source, prologue.data_end)
+    raw = source.read(PROLOGUE_SIZE, prologue.header_length)
+    if hash128(raw) != prologue.header_hash:
+        raise FormatError("prologue.header_hash", 40, "the header is damaged")
+    header_end = PROLOGUE_SIZE + prologue.header_length
+    check_zero(source.read(header_end, prologue.data_offset - header_end), "header.padding", header_end)
+
+    header = Fields.parse(raw, "header", PROLOGUE_SIZE)
+    _check_features(header)
+    quantization = _check_quantization(header)
+    config = _check_config(header)
+    tensors = _check_tensors(header, prologue, config, quantization["lm_head_bits"])
+    metadata = check_metadata(source, trailers)
+    return Contents(prologue, header.value, config, quantization, tensors, metadata)
+
+
+def _check_features(header: Fields) -> None:
+    for i in range(header.list_length("required_features")):
+        feature = header.value["required_features"][i]
+        if not isinstance(feature, str) or feature not in SUPPORTED_FEATURES:
+            header.fail(("required_features", i), f"{show(feature)} is not supported: update edgellama")
+
+
+def _check_quantization(header: Fields) -> dict[str, Any]:
+    quantization = header.object("quantization")
+    quantization.expect("scheme", SCHEME)
+    quantization.expect("group_size", GROUP_SIZE)
+    quantization.expect("row_block", ROW_BLOCK)
+    quantization.string("method")
+    bits = quantization.integer("lm_head_bits")
+    if bits not in LM_HEAD_BITS:
+        quantization.fail(("lm_head_bits",), f"must be 4, 8 or 16, got {bits}")
+    return quantization.value
+
+
+def _check_config(header: Fields) -> LlamaConfig:
+    raw = header.object("config").value
+    try:
+        return LlamaConfig.from_dict(raw)
+    except ConfigError as error:
+        match = _CONFIG_KEY.match(str(error))
+        key = match.group(1).split(".")[0] if match else ""
+        header.fail(("config", key) if key in raw else ("config",), str(error))
+
+
+def _check_tensors(
+    header: Fields, prologue: Prologue, config: LlamaConfig, lm_head_bits: int
+) -> dict[str, TensorEntry]:
+    """The list must be the schema's, entry by entry; the offsets must tile the data region."""
+    count, expected = header.list_length("tensors"), tensor_count(config, lm_head_bits)
+    if count != expected:
+        header.fail(("tensors",), f"must list {expected} tensors for this config, got {count}")
+    tensors: dict[str, TensorEntry] = {}
+    end = 0  # relative to the data region
+    for i, spec in enumerate(model_tensors(config, lm_head_bits)):
+        entry = _check_tensor(header.object("tensors", i), spec, end, prologue)
+        tensors[entry.name] = entry
+        end = entry.offset - prologue.data_offset + entry.nbytes
+    if align(end, TENSOR_ALIGNMENT) != prologue.data_length:
+        raise FormatError(
+            "prologue.data_length", 32, f"must be {align(end, TENSOR_ALIGNMENT)}, got {prologue.data_length}"
+        )
+    return tensors
+
+
+def _check_tensor(item: Fields, spec: TensorSpec, end: int, prologue: Prologue) -> TensorEntry:
+    item.expect("name", spec.name)
+    layout = item.string("layout")
+    if layout not in LAYOUTS:
+        item.fail(("layout",), f"{show(layout)} is not a layout of format 1: update edgellama")
+    item.expect("layout", spec.layout)
+    item.expect("shape", list(spec.shape))
+    nbytes = LAYOUTS[layout].nbytes(spec.shape)
+    item.expect("nbytes", nbytes)
+    offset = align(end, TENSOR_ALIGNMENT)
+    item.expect("offset", offset)
+    if offset + nbytes > prologue.data_length:
+        item.fail(("nbytes",), f"bytes {offset}..{offset + nbytes} exceed the data region of {prologue.data_length}")
+    return TensorEntry(spec.name, layout, spec.shape, prologue.data_offset + offset, nbytes, item.hash128("xxh3_128"))
