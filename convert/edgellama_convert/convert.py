@@ -9,7 +9,6 @@ Same input and options give the same bytes: nothing of the time, the machine or 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -21,11 +20,10 @@ import xxhash
 
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError, FormatError
-from edgellama.format import ModelWriter
-from edgellama.format.container import MAGIC
-from edgellama.format.layout import LAYOUTS
-from edgellama.format.schema import LM_HEAD_BITS, TensorSpec, model_tensors
+from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, model_tensors
+from edgellama.format.schema import LM_HEAD_BITS
 from edgellama.format.strict_json import parse_object
+from edgellama.format.writer import check_replaceable
 from edgellama.quant import GROUP_SIZE, padded_shape
 
 from .checkpoint import Checkpoint, SourceTensor, read_small
@@ -34,7 +32,7 @@ from .pipeline import Pipeline
 from .quantizers import METHODS, quantize
 from .report import ConvertReport
 from .resources import MIB, check_memory, default_threads, plan_buffers, private_bytes
-from .source import CONFIG_FILE, TOKENIZER_FILES, Source, resolve
+from .source import CONFIG_FILE, Source, resolve
 
 SUFFIX = ".edgellama"
 MAX_CONFIG_BYTES = 1 * MIB
@@ -75,7 +73,6 @@ def convert(
     with Checkpoint(origin.folder) as checkpoint:
         specs = model_tensors(config, lm_head_bits)
         plan = plan_tensors(config, specs, checkpoint.tensors)
-        _check_disk(destination, specs, files)
         work = _Conversion(checkpoint, specs, plan, method, max_ram, n_threads, files, progress)
         with work.pipeline, ModelWriter(destination, raw_config, lm_head_bits=lm_head_bits, method=method) as writer:
             work.compare_tied()
@@ -194,21 +191,12 @@ def _check_options(method: str, lm_head_bits: int, max_ram: int | None, n_thread
 
 
 def check_destination(path: Path) -> None:
-    """Only an `.edgellama` file is ever replaced; ConvertError about everything else that may be there."""
+    """Refuse a destination before the work, not after it; the writer checks again, and the free space too."""
     if path.is_dir():
         raise ConvertError(f"{path} is a folder; name a file in it: -o {path / f'model{SUFFIX}'}")
     if not path.parent.is_dir():
         raise ConvertError(f"the folder {path.parent} does not exist; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise ConvertError(f"the folder {path.parent} cannot be written to")
-    if path.is_symlink() and not path.exists():
-        raise ConvertError(f"{path} is a link to nothing; remove it, or choose another name with -o")
-    if path.exists():
-        if not path.is_file():
-            raise ConvertError(f"{path} exists and is not a file; choose another name with -o")
-        with open(path, "rb") as file:
-            if file.read(len(MAGIC)) != MAGIC:
-                raise ConvertError(f"{path} exists and is not an {SUFFIX} file; choose another name with -o")
+    check_replaceable(path)
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], LlamaConfig]:
@@ -222,7 +210,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], LlamaConfig]:
 
 def read_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer, chat template and generation defaults of the folder, verbatim."""
-    return {name: read_small(folder / name, MAX_FILE_BYTES) for name in TOKENIZER_FILES if (folder / name).exists()}
+    return {name: read_small(folder / name, MAX_FILE_BYTES) for name in FILE_NAMES if (folder / name).exists()}
 
 
 def check_tokenizer(files: Mapping[str, bytes], config: LlamaConfig) -> list[str]:
@@ -248,18 +236,6 @@ def _held_bytes(specs: Sequence[TensorSpec]) -> int:
             layer = ".".join(spec.name.split(".")[:3])
             by_layer[layer] = by_layer.get(layer, 0) + 2 * LAYOUTS[spec.layout].nbytes(spec.shape)
     return max(by_layer.values(), default=0) + MIB
-
-
-def _check_disk(destination: Path, specs: Sequence[TensorSpec], files: Mapping[str, bytes]) -> None:
-    """ConvertError now rather than after an hour: the file is written beside an old one, which it then replaces."""
-    needed = sum(LAYOUTS[spec.layout].nbytes(spec.shape) for spec in specs) + 2 * MIB
-    needed += sum(len(data) for data in files.values())
-    free = shutil.disk_usage(destination.parent).free
-    if needed > free:
-        raise ConvertError(
-            f"{destination.parent}: {needed // MIB} MiB are needed, {free // MIB} MiB are free; "
-            "free some space, or choose another disk with -o"
-        )
 
 
 def _linear_bits(specs: Sequence[TensorSpec]) -> float:

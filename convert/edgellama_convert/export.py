@@ -20,13 +20,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from edgellama.errors import ConvertError
-from edgellama.format import ModelFile, open_model
+from edgellama.format import FILE_NAMES, ModelFile, open_model
 from edgellama.quant import ROW_BLOCK, dequantize, unpack_f16, unpack_int4, unpack_int8, unpack_scales
 
 from .checkpoint import INDEX_FILE, SINGLE_FILE, row_slabs
 from .names import source_name
 from .report import ExportReport
-from .source import CONFIG_FILE, TOKENIZER_FILES
+from .source import CONFIG_FILE
 
 DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 """dtype -> safetensors' name, bytes of a weight."""
@@ -135,7 +135,7 @@ def _write_folder(folder: Path, file: ModelFile, shards: dict[str, list[_Tensor]
     for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]:
         config[key] = dtype
     _write_json(folder / CONFIG_FILE, config)
-    for name in TOKENIZER_FILES:  # only these: a name from the file could lead out of the folder
+    for name in FILE_NAMES:  # only these: a name from the file could lead out of the folder
         if name in file.files:
             (folder / name).write_bytes(file.files[name])
 

@@ -16,20 +16,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from edgellama.errors import ConvertError
+from edgellama.format import FILE_NAMES
 
 from .checkpoint import INDEX_FILE, SINGLE_FILE, read_index, shard_names
 
 CONFIG_FILE = "config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""Kept verbatim in the `.edgellama` file, those that exist."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+", re.ASCII)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -79,7 +70,7 @@ class _Hub:
 
     def fetch(self) -> Source:
         """Small files first; then exactly the weights that the index, or the absence of one, asks for."""
-        folder = self._snapshot([CONFIG_FILE, *TOKENIZER_FILES, INDEX_FILE], self.revision)
+        folder = self._snapshot([CONFIG_FILE, *FILE_NAMES, INDEX_FILE], self.revision)
         commit = folder.name
         if not (folder / CONFIG_FILE).exists():
             self._incomplete(folder, [CONFIG_FILE])
