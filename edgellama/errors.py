@@ -6,7 +6,8 @@
     ├── ConvertError          a source checkpoint cannot be found, read or converted
     ├── TokenizerError        a tokenizer is missing, damaged or of an unsupported kind
     ├── ContextError          the tokens do not fit into the KV cache
-    └── DeviceError           the device asked for is not there
+    ├── DeviceError           the device asked for is not there
+    └── CancelledError        a computation was stopped on request
 
 The command line prints `str(error)` and exits with 1. Bugs of ours stay `AssertionError` and friends.
 """
@@ -19,19 +20,20 @@ class EdgellamaError(Exception):
 class FormatError(EdgellamaError):
     """A file that is not a valid `.edgellama` file.
 
-    `field` names the offending part (`"tensors[3].offset"`), `offset` is the byte where it lies, if known.
+    `field` names the offending part (`"tensors[3].offset"`), `offset` is the byte where it lies, if known; `path` is the
+    file, where there is one.
 
     >>> str(FormatError("tensors[3].offset", 128, "must be 4096, got 4095"))
     'tensors[3].offset (byte 128): must be 4096, got 4095'
     """
 
-    def __init__(self, field: str, offset: int | None, problem: str):
-        self.field, self.offset, self.problem = field, offset, problem
+    def __init__(self, field: str, offset: int | None, problem: str, path: str | None = None):
+        self.field, self.offset, self.problem, self.path = field, offset, problem, path
         where = field if offset is None else f"{field} (byte {offset})"
-        super().__init__(f"{where}: {problem}")
+        super().__init__(f"{path}: {where}: {problem}" if path else f"{where}: {problem}")
 
     def __reduce__(self):
-        return type(self), (self.field, self.offset, self.problem)
+        return type(self), (self.field, self.offset, self.problem, self.path)
 
 
 class ConfigError(EdgellamaError):
@@ -52,3 +54,7 @@ class ContextError(EdgellamaError):
 
 class DeviceError(EdgellamaError):
     """A device that this machine, or this installation, does not have."""
+
+
+class CancelledError(EdgellamaError):
+    """A computation that was stopped on request, from another thread."""

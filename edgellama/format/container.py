@@ -1,7 +1,7 @@
 """The fixed-size records of a `.edgellama` file: prologue and trailer, and the limits a reader sets.
 
-Knows the byte tables of FORMAT.md (sections 2 and 5) and nothing of JSON, tensors or the file system. Packing and parsing
-stand side by side here so that writer and reader cannot drift apart.
+Knows the byte tables of FORMAT.md (sections 2 and 5) and nothing of JSON, tensors or the file system. Packing and
+parsing stand side by side here so that writer and reader cannot drift apart.
 
     prologue (64 bytes) | header JSON | zeros to 4096 | tensor data | metadata section, trailer (64 bytes) | ...
 """
@@ -87,7 +87,7 @@ class Prologue:
             raise FormatError(
                 "prologue.major",
                 8,
-                f"format version {major}.{minor} is not supported, only {MAJOR}.x: update edgellama",
+                f"format version {major}.{minor} is not supported, {MAJOR}.x is: update edgellama",
             )
         if raw[_PROLOGUE.size :] != hash64(raw[: _PROLOGUE.size]):
             raise FormatError("prologue.hash", 56, "the first 64 bytes are damaged")
@@ -131,7 +131,7 @@ class Trailer:
 
     @classmethod
     def parse(cls, raw: bytes, end: int, data_end: int, *, newest: bool) -> Trailer:
-        """Check the 64 bytes before `end`; `newest` is for the one at the end of the file, which is never superseded."""
+        """Check the 64 bytes before `end`. `newest`: it ends the file, so it must not be superseded."""
         at = end - TRAILER_SIZE
         section_offset, index_offset, index_length, stated_end, section_hash = _TRAILER.unpack(raw[: _TRAILER.size])
         magic = raw[-8:]
@@ -145,13 +145,13 @@ class Trailer:
             raise FormatError("trailer.end", at + 24, f"must be {end}, got {stated_end}: bytes are missing or added")
         if not data_end <= section_offset <= at or section_offset % TENSOR_ALIGNMENT:
             raise FormatError(
-                "trailer.section_offset", at, f"must be a multiple of 64 in {data_end}..{at}, got {section_offset}"
+                "trailer.section_offset", at, f"must be a multiple of 64 from {data_end} to {at}, not {section_offset}"
             )
         if not section_offset <= index_offset < at or index_offset % TENSOR_ALIGNMENT:
             raise FormatError(
                 "trailer.index_offset",
                 at + 8,
-                f"must be a multiple of 64 in {section_offset}..{at}, got {index_offset}",
+                f"must be a multiple of 64 from {section_offset} to {at}, not {index_offset}",
             )
         if not 2 <= index_length <= MAX_JSON or align(index_offset + index_length, TENSOR_ALIGNMENT) != at:
             raise FormatError(

@@ -43,7 +43,7 @@ def append_metadata(
     """
     path = Path(path)
     files = files or {}
-    check_names(files)
+    check_names(files.keys())
     with _locked(path) as fd:
         _recover(fd, path)
         size = os.fstat(fd).st_size

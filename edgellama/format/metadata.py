@@ -10,7 +10,7 @@ last, whose index may point at files of earlier sections, so that a new chat tem
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,10 +105,10 @@ def build_section(
     body += index
     body += bytes(-len(body) % TENSOR_ALIGNMENT)
     end = start + len(body) + TRAILER_SIZE
-    return bytes(body) + Trailer(start, index_offset, len(index), end, hash128(body)).pack()
+    return bytes(body) + Trailer(start, index_offset, len(index), end, hash128(bytes(body))).pack()
 
 
-def check_names(files: Mapping[str, bytes]) -> None:
+def check_names(files: Iterable[str]) -> None:
     """FormatError if a writer is asked to embed a file that readers do not know."""
     for name in files:
         if name not in FILE_NAMES:
@@ -178,9 +178,7 @@ def _check_section_hash(source: Source, trailer: Trailer) -> None:
     for offset in range(trailer.section_offset, stop, CHUNK):
         hasher.update(source.read(offset, min(CHUNK, stop - offset)))
     if hasher.digest() != trailer.section_hash:
-        raise FormatError(
-            "trailer.section_hash", stop + 32, f"the metadata from byte {trailer.section_offset} is damaged"
-        )
+        raise FormatError("trailer.section_hash", stop + 32, f"the metadata at {trailer.section_offset} is damaged")
 
 
 def _check_entries(index: Fields, trailers: list[Trailer]) -> list[FileEntry]:

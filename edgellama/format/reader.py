@@ -1,7 +1,7 @@
 """Open a `.edgellama` file: validate, map, hand out read-only views.
 
-Knows files and maps; the rules are `validate.py`'s. A file is proven against its size first and mapped afterwards, so no
-view and no address exists for a file that is not well-formed. Tensor bytes are not hashed at open (that would read
+Knows files and maps; the rules are `validate.py`'s. A file is proven against its size first and mapped afterwards, so
+no view and no address exists for a file that is not well-formed. Tensor bytes are not hashed at open (that would read
 gigabytes); `ModelFile.verify` does it.
 """
 
@@ -125,7 +125,7 @@ class ModelFile:
         self._address: int = np.frombuffer(self._map, np.uint8).ctypes.data
 
     def array(self, name: str) -> np.ndarray:
-        """A read-only view of a tensor as stored: row blocks, groups and padding included (`LAYOUTS[...].stored_shape`).
+        """A read-only view of a tensor as stored, padding included; the shape is the layout's `stored_shape`.
 
         KeyError for a name that is not in `tensors`.
         """

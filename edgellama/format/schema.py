@@ -1,7 +1,7 @@
 """The tensors that a config demands: names, layouts, shapes and their order. Nothing else may be in a file.
 
-This is a security boundary. Kernels compute addresses from the config's sizes and check no bounds; that is sound because
-the reader accepts a file only if its tensor list equals, entry by entry, the list made here from the same config.
+This is a security boundary. Kernels compute addresses from the config's sizes and check no bounds; that is sound
+because the reader accepts a file only if its tensor list equals, entry by entry, the one made here from its config.
 
 Names are Hugging Face's without ".weight", plus `.qweight` and `.scales` for what is quantized.
 """

@@ -1,7 +1,7 @@
-"""The operating-system calls that change files, each behind one function: the only place the writer touches the disk.
+"""The operating-system calls that change files, each behind one function: the only place that touches the disk.
 
-Knows files and folders, not the format. Tests replace these functions one call at a time to prove that a full disk or an
-I/O error at any of them leaves the destination as it was.
+Knows files and folders, not the format. Tests replace these functions one call at a time to prove that a full disk or
+an I/O error at any of them leaves the destination as it was.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def try_lock(fd: int) -> bool | None:
-    """Take the file's lock, kept until the descriptor is closed. False: another process holds it. None: no locks here."""
+    """Take the file's lock, kept until the descriptor is closed. False: another has it. None: no locks here."""
     if fcntl is None:
         return None
     try:

@@ -1,6 +1,7 @@
 """Write a `.edgellama` file so that the destination is the old file (or none) or the new one, never anything else.
 
-Knows the order of steps that makes this so (FORMAT.md section 7); `storage.py` makes the system calls. Does not quantize.
+Knows the order of steps that makes this so (FORMAT.md section 7); `storage.py` makes the system calls. Does not
+quantize.
 
     temporary file beside the destination -> tensor data -> metadata and trailer -> header -> prologue
     -> validate -> fsync -> rename over -> fsync the folder
