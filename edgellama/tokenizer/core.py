@@ -47,6 +47,12 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be str, got {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"the text is not valid Unicode: a lone surrogate U+{ord(text[error.start]):04X} at {error.start}"
+            ) from None
         with refusing("the text cannot be tokenized"):
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 

@@ -12,7 +12,7 @@ from what a model was trained with, the choice is:
 - tokenizer.model: merges are ranked by the pieces' scores, as SentencePiece and 4 do. 5.23 ranks them by id, which
   gives other ids than the model was trained on for runs of spaces in Llama-2's and Mistral's files. `add_bos_token`
   unset means true, and no class means `LlamaTokenizer` (4, and what 5 documents). A UNIGRAM model is run as one.
-- `clean_up_tokenization_spaces` is ignored for BPE, as in 5.
+- `clean_up_tokenization_spaces` is ignored for BPE, as in 5. CodeLlama's infilling (`<FILL_ME>`) is not done.
 """
 
 import json
