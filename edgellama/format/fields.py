@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from ..errors import FormatError
 from . import strict_json
 
-_HASH128 = re.compile(r"[0-9a-f]{32}")
+HASH128 = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class Fields:
     def hash128(self, key: str) -> str:
         """32 lower-case hexadecimal digits."""
         value = self.string(key)
-        if not _HASH128.fullmatch(value):
+        if not HASH128.fullmatch(value):
             self.fail((key,), f"must be 32 hexadecimal digits, got {show(value)}")
         return value
 
     def expect(self, key: str, expected: Any) -> None:
         """Exactly this value, of exactly this type."""
         value = self.get(key)
-        if value != expected or type(value) is not type(expected) or _has_bool(value):
+        if value != expected or type(value) is not type(expected) or _loose(value):
             self.fail((key,), f"must be {expected!r}, got {show(value)}")
 
     def fail(self, path: tuple[str | int, ...], problem: str) -> NoReturn:
@@ -93,7 +93,8 @@ class Fields:
         raise FormatError(name, self.base + (offset or 0), problem)
 
 
-def _has_bool(value: Any) -> bool:
+def _loose(value: Any) -> bool:
+    """Whether a list holds what `==` takes for an integer but JSON does not: 1.0, true."""
     return isinstance(value, list) and any(type(item) is not int and not isinstance(item, str) for item in value)
 
 

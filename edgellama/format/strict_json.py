@@ -145,15 +145,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    if len(text) > _MAX_NUMBER_LENGTH or not -MAX_INTEGER <= int(text) <= MAX_INTEGER:
+    value = int(text) if len(text) <= _MAX_NUMBER_LENGTH else None
+    if value is None or not -MAX_INTEGER <= value <= MAX_INTEGER:
         raise _Refused(f"the integer {_short(text)} is out of range", text)
-    return int(text)
+    return value
 
 
 def _float(text: str) -> float:
-    if len(text) > _MAX_NUMBER_LENGTH or not math.isfinite(float(text)):
+    value = float(text) if len(text) <= _MAX_NUMBER_LENGTH else math.inf
+    if not math.isfinite(value):
         raise _Refused(f"the number {_short(text)} is out of range", text)
-    return float(text)
+    return value
 
 
 def _constant(text: str) -> NoReturn:

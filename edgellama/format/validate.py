@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from ..config import LlamaConfig
 from ..errors import ConfigError, FormatError
@@ -21,7 +21,7 @@ from .container import (
     align,
     hash128,
 )
-from .fields import Fields, show
+from .fields import HASH128, Fields, show
 from .layout import GROUP_SIZE, LAYOUTS, ROW_BLOCK
 from .metadata import Metadata, Source, check_metadata, check_trailers, check_zero
 from .schema import LM_HEAD_BITS, TensorSpec, model_tensors, tensor_count
@@ -117,12 +117,22 @@ def _check_tensors(
     count, expected = header.list_length("tensors"), tensor_count(config, lm_head_bits)
     if count != expected:
         header.fail(("tensors",), f"must list {expected} tensors for this config, got {count}")
+    items = header.value["tensors"]
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}  # layers repeat the same few
     tensors: dict[str, TensorEntry] = {}
-    end = 0  # relative to the data region
+    end = 0  # of the last tensor, from the start of the data region
     for i, spec in enumerate(model_tensors(config, lm_head_bits)):
-        entry = _check_tensor(header.object("tensors", i), spec, end, prologue)
-        tensors[entry.name] = entry
-        end = entry.offset - prologue.data_offset + entry.nbytes
+        kind = (spec.layout, spec.shape)
+        nbytes = sizes.get(kind) or sizes.setdefault(kind, LAYOUTS[spec.layout].nbytes(spec.shape))
+        offset = align(end, TENSOR_ALIGNMENT)
+        end = offset + nbytes
+        if not _equals(items[i], spec, offset, nbytes):
+            _refuse_tensor(header.object("tensors", i), spec, offset, nbytes)
+        if end > prologue.data_length:
+            length = prologue.data_length
+            header.fail(("tensors", i, "nbytes"), f"bytes {offset}..{end} exceed the data region of {length}")
+        start = prologue.data_offset + offset
+        tensors[spec.name] = TensorEntry(spec.name, spec.layout, spec.shape, start, nbytes, items[i]["xxh3_128"])
     if align(end, TENSOR_ALIGNMENT) != prologue.data_length:
         raise FormatError(
             "prologue.data_length", 32, f"must be {align(end, TENSOR_ALIGNMENT)}, got {prologue.data_length}"
@@ -130,17 +140,34 @@ def _check_tensors(
     return tensors
 
 
-def _check_tensor(item: Fields, spec: TensorSpec, end: int, prologue: Prologue) -> TensorEntry:
+def _equals(item: Any, spec: TensorSpec, offset: int, nbytes: int) -> bool:
+    """Whether an entry of the list says exactly what it must. Types count: JSON's 1.0 and true are not 1."""
+    if not isinstance(item, dict):
+        return False
+    shape, xxh3_128 = item.get("shape"), item.get("xxh3_128")
+    return (
+        item.get("name") == spec.name
+        and item.get("layout") == spec.layout
+        and shape == list(spec.shape)
+        and all(type(size) is int for size in shape)
+        and item.get("offset") == offset
+        and type(item["offset"]) is int
+        and item.get("nbytes") == nbytes
+        and type(item["nbytes"]) is int
+        and isinstance(xxh3_128, str)
+        and HASH128.fullmatch(xxh3_128) is not None
+    )
+
+
+def _refuse_tensor(item: Fields, spec: TensorSpec, offset: int, nbytes: int) -> NoReturn:
+    """Say what is wrong with an entry that `_equals` did not accept."""
     item.expect("name", spec.name)
     layout = item.string("layout")
     if layout not in LAYOUTS:
         item.fail(("layout",), f"{show(layout)} is not a layout of format 1: update edgellama")
     item.expect("layout", spec.layout)
     item.expect("shape", list(spec.shape))
-    nbytes = LAYOUTS[layout].nbytes(spec.shape)
-    item.expect("nbytes", nbytes)
-    offset = align(end, TENSOR_ALIGNMENT)
     item.expect("offset", offset)
-    if offset + nbytes > prologue.data_length:
-        item.fail(("nbytes",), f"bytes {offset}..{offset + nbytes} exceed the data region of {prologue.data_length}")
-    return TensorEntry(spec.name, layout, spec.shape, prologue.data_offset + offset, nbytes, item.hash128("xxh3_128"))
+    item.expect("nbytes", nbytes)
+    item.hash128("xxh3_128")
+    raise AssertionError("an entry that is refused has something wrong with it")
