@@ -34,7 +34,7 @@ def test_f16_survives_packing(shape):
 
 
 def test_int4_bytes_are_where_the_format_says():
-    """One weight set at a time: row 5, input 128 + 8*3 + 4 + 2 is the high nibble of byte 4*5+2 in line 3 of group 1."""
+    """Row 5, input 128 + 8*3 + 4 + 2, is the high nibble of byte 4*5+2 in line 3 of group 1."""
     codes = np.full((16, 256), 8, np.uint8)
     codes[5, 128 + 8 * 3 + 4 + 2] = 1
     packed = quant.pack_int4(codes)

@@ -1,1 +1,102 @@
-""""""
+"""The CPU backend: the compiled forward pass over a memory-mapped file and a preallocated cache."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...errors import CancelledError
+from ...format import ModelFile
+from ...kv_cache import KVCache
+from ...quant import round_up
+from ...rope import cos_sin
+from .matmul import TILE_TOKENS
+from .plan import CANCEL, Plan
+from .program import forward
+from .sync import LINE
+from .team import Team
+from .threads import default_threads
+
+PREFILL_CHUNK = 256
+"""Tokens that go through the layers together; bounds the work buffers."""
+MAX_THREADS = 256
+
+
+class CpuBackend:
+    """Runs one model; see `edgellama.backends.Backend`. One call at a time.
+
+    The bits of the logits depend on the file, the tokens and the instruction set's arithmetic only: not
+    on `n_threads`, not on `prefill_chunk`, not on what shares the batch.
+    """
+
+    def __init__(
+        self,
+        model_file: ModelFile,
+        n_ctx: int,
+        n_slots: int = 1,
+        n_threads: int | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ):
+        self.config, self.n_ctx, self.n_slots = model_file.config, n_ctx, n_slots
+        self.n_threads = min(n_threads or default_threads(), MAX_THREADS)
+        self._chunk = min(prefill_chunk, n_ctx * n_slots)
+        self._cache = KVCache(self.config, n_ctx, n_slots)
+        self._plan = Plan(model_file, self._cache, self.n_threads, self._chunk)
+        self._team = Team(self.n_threads)
+        self._record = self._plan.record[0]
+        # Inputs of one chunk, filled in place: the program knows their addresses.
+        half = self.config.head_dim // 2
+        self._tokens = np.zeros(self._chunk, np.int32)
+        self._rows = np.zeros(self._chunk, np.int32)
+        self._positions, self._slots = np.zeros(self._chunk, np.int64), np.zeros(self._chunk, np.int64)
+        self._cos, self._sin = np.zeros((self._chunk, half), np.float32), np.zeros((self._chunk, half), np.float32)
+        for name in ("tokens", "rows", "positions", "slots", "cos", "sin"):
+            self._record[name] = getattr(self, f"_{name}").ctypes.data
+
+    def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Logits float32 [R, vocab_size] of `rows` (ascending indices into the T tokens); fills the cache.
+
+        Arguments are the caller's to check: ids within the vocabulary, positions within n_ctx.
+        """
+        vocab_size = self.config.vocab_size
+        padded = round_up(vocab_size, 16)
+        lengths = np.zeros(self.n_slots, np.int64)
+        np.maximum.at(lengths, slots, np.asarray(positions, np.int64) + 1)
+        # Whole token tiles are stored, so the last one needs room beyond the rows.
+        logits = np.empty((len(rows) + TILE_TOKENS, padded), np.float32)
+        done = 0
+        for start in range(0, len(tokens), self._chunk):
+            part = slice(start, min(start + self._chunk, len(tokens)))
+            upto = int(np.searchsorted(rows, part.stop))
+            self._load(tokens[part], positions[part], slots[part], rows[done:upto] - start, lengths)
+            self._run(logits[done:])
+            done = upto
+        return logits[: len(rows), :vocab_size]
+
+    def _load(self, tokens, positions, slots, rows, lengths) -> None:
+        """Put one chunk's inputs where the program looks for them."""
+        n = len(tokens)
+        self._tokens[:n], self._positions[:n], self._slots[:n] = tokens, positions, slots
+        self._rows[: len(rows)] = rows
+        for slot in np.unique(slots):
+            here = np.flatnonzero(slots == slot)
+            self._cos[here], self._sin[here] = cos_sin(self.config, positions[here], int(lengths[slot]))
+        self._record["n_tokens"], self._record["n_rows"] = n, len(rows)
+
+    def _run(self, logits: np.ndarray) -> None:
+        self._record["logits"], self._record["logits_stride"] = logits.ctypes.data, logits.strides[0]
+        plan = self._plan
+        plan.control[CANCEL * LINE // 8 + 1 :] = 0
+        if not self._team.run(lambda rank: forward(plan.record, plan.layers, plan.packs, rank)):
+            plan.control[CANCEL * LINE // 8] = 0
+            raise CancelledError("the forward pass was cancelled; what was computed before stays in the cache")
+
+    def cancel(self) -> None:
+        """Make a `forward` that runs in another thread raise CancelledError within one layer of one chunk."""
+        self._plan.control[CANCEL * LINE // 8] = 1
+
+    def close(self) -> None:
+        """End the threads; the buffers go with the object."""
+        self._team.close()
+
+
+__all__ = ["PREFILL_CHUNK", "CpuBackend"]

@@ -1,0 +1,163 @@
+"""The tables that the compiled program reads: where the weights, the cache and the work buffers are.
+
+Records of int64 addresses and sizes, made once when a model is loaded. A `plan` holds what is fixed and
+the few fields that change with each call. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...config import LlamaConfig
+from ...format import ModelFile
+from ...kv_cache import KVCache, aligned_zeros
+from ...quant import padded_shape, round_up
+from . import attention, vector_ops
+from .matmul import TILE_TOKENS
+from .sync import LINE
+
+
+def _record(**fields):
+    return np.dtype([(name, kind or np.int64) for name, kind in fields.items()], align=True)
+
+
+def _int64s(names: str):
+    return {name: None for name in names.split()}
+
+
+# A matrix: addresses (bias 0: none), and its size in row blocks and groups; bits 4, 8, 16 (or 0: see embed).
+MATRIX = _record(**_int64s("bits weights scales bias blocks groups"))
+LAYER = _record(
+    **_int64s("input_norm post_norm keys values"),
+    **{name: MATRIX for name in ("q", "k", "v", "o", "gate", "up", "down")},
+)
+# Activations made ready for a matrix: see `matmul`. Pack i < n_threads is thread i's own, for one token.
+PACK = _record(**_int64s("tile codes scales sums values"))
+PLAN = _record(
+    **_int64s("hidden_size intermediate_size n_layers n_heads n_kv_heads head_dim activation n_threads"),
+    **_int64s("value_stride key_head_bytes value_head_bytes key_slot_bytes value_slot_bytes"),
+    **_int64s("x x_stride qkv qkv_stride k_column v_column attention attention_stride mlp mlp_stride"),
+    **_int64s("scratch scratch_stride normed up attention_scratch control final_norm"),
+    **_int64s("n_tokens tokens positions slots n_rows rows cos sin logits logits_stride"),
+    embed=MATRIX,
+    head=MATRIX,
+    eps=np.float32,
+    query_scale=np.float32,
+)
+
+# Lines of the control buffer, then one counter for each piece of shared work.
+BARRIER, CANCEL, DECISION, COUNTERS = 0, 2, 3, 4
+WORK_PER_LAYER = 10
+WORK_PER_CALL = 3
+
+UP_BLOCKS = 8
+"""Row blocks of gate and up that a thread computes before it multiplies them."""
+
+_ACTIVATIONS = {
+    "silu": vector_ops.SILU,
+    "gelu": vector_ops.GELU,
+    "gelu_pytorch_tanh": vector_ops.GELU_TANH,
+    "relu": vector_ops.RELU,
+}
+_BITS = {"int4.g128": 4, "int8.g128": 8, "f16.r16": 16, "f16": vector_ops.ROW_MAJOR_F16}
+
+
+class Plan:
+    """Builds the records for one open model and owns every buffer behind their addresses."""
+
+    def __init__(self, file: ModelFile, cache: KVCache, n_threads: int, max_tokens: int):
+        config = file.config
+        self._file, self._cache = file, cache
+        self._owned: list[np.ndarray] = []
+        self.max_tokens = round_up(max_tokens, TILE_TOKENS)
+        self.layers = np.zeros(config.num_hidden_layers, LAYER)
+        self.packs = np.zeros(n_threads + 1, PACK)
+        self.record = np.zeros(1, PLAN)
+        self._fill_sizes(config, cache, n_threads)
+        self._fill_weights(config, cache)
+        self._fill_buffers(config, n_threads)
+
+    def zeros(self, nbytes: int) -> int:
+        """The address of a new zeroed buffer that lives as long as the plan."""
+        self._owned.append(aligned_zeros(max(nbytes, 64)))
+        return self._owned[-1].ctypes.data
+
+    def _fill_sizes(self, config: LlamaConfig, cache: KVCache, n_threads: int) -> None:
+        p = self.record[0]
+        p["hidden_size"], p["intermediate_size"] = config.hidden_size, config.intermediate_size
+        p["n_layers"], p["n_heads"] = config.num_hidden_layers, config.num_attention_heads
+        p["n_kv_heads"], p["head_dim"] = config.num_key_value_heads, config.head_dim
+        p["activation"], p["n_threads"] = _ACTIVATIONS[config.hidden_act], n_threads
+        p["eps"], p["query_scale"] = config.rms_norm_eps, config.head_dim**-0.5
+        p["value_stride"] = cache.value_stride
+        p["key_head_bytes"], p["value_head_bytes"] = cache.key_head_bytes, cache.value_head_bytes
+        p["key_slot_bytes"], p["value_slot_bytes"] = cache.key_slot_bytes, cache.value_slot_bytes
+
+    def _matrix(self, name: str) -> tuple[int, ...]:
+        """A MATRIX record for a tensor by its name without suffix."""
+        file = self._file
+        quantized = f"{name}.qweight" in file.tensors
+        entry = file.tensors[f"{name}.qweight" if quantized else f"{name}.weight"]
+        n, k = padded_shape(*entry.shape)
+        scales = file.address(f"{name}.scales") if quantized else 0
+        bias = self._vector(f"{name}.bias", n) if f"{name}.bias" in file.tensors else 0
+        return _BITS[entry.layout], file.address(entry.name), scales, bias, n // 16, k // 128
+
+    def _vector(self, name: str, length: int) -> int:
+        """The address of a float32 vector of the file, copied and padded with zeros to `length`."""
+        values = self._file.array(name)
+        address = self.zeros(4 * length)
+        self._owned[-1].view(np.float32)[: values.size] = values
+        return address
+
+    def _fill_weights(self, config: LlamaConfig, cache: KVCache) -> None:
+        width = round_up(config.hidden_size, 128)
+        p = self.record[0]
+        p["embed"] = self._matrix("model.embed_tokens")
+        p["head"] = p["embed"] if config.tie_word_embeddings else self._matrix("lm_head")
+        p["final_norm"] = self._vector("model.norm.weight", width)
+        for i, layer in enumerate(self.layers):
+            prefix = f"model.layers.{i}"
+            layer["input_norm"] = self._vector(f"{prefix}.input_layernorm.weight", width)
+            layer["post_norm"] = self._vector(f"{prefix}.post_attention_layernorm.weight", width)
+            for name in "qkvo":
+                layer[name] = self._matrix(f"{prefix}.self_attn.{name}_proj")
+            for name in ("gate", "up", "down"):
+                layer[name] = self._matrix(f"{prefix}.mlp.{name}_proj")
+            layer["keys"], layer["values"] = cache.key_address(i), cache.value_address(i)
+
+    def _fill_buffers(self, config: LlamaConfig, n_threads: int) -> None:
+        """Work buffers: rows are float32 and padded to whole groups; tokens to whole tiles."""
+        p, tokens = self.record[0], self.max_tokens
+        hidden = round_up(config.hidden_size, 128)
+        heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        attention_width, mlp_width = round_up(heads, 128), round_up(config.intermediate_size, 128)
+        widest = max(hidden, attention_width, mlp_width)
+
+        p["k_column"], p["v_column"] = 4 * round_up(heads, 16), 4 * (round_up(heads, 16) + round_up(kv, 16))
+        p["x_stride"], p["attention_stride"], p["mlp_stride"] = 4 * hidden, 4 * attention_width, 4 * mlp_width
+        p["qkv_stride"] = int(p["v_column"]) + 4 * round_up(kv, 16)
+        for name in ("x", "qkv", "attention", "mlp"):
+            p[name] = self.zeros(tokens * int(p[f"{name}_stride"]))
+
+        # Each thread's scratch: bytes to quantize in, a normalized row, a tile of `up`, and attention's.
+        p["normed"] = 128
+        p["up"] = int(p["normed"]) + 4 * hidden
+        p["attention_scratch"] = int(p["up"]) + 4 * TILE_TOKENS * UP_BLOCKS * 16
+        p["scratch_stride"] = round_up(
+            int(p["attention_scratch"]) + 64 + attention.scratch_bytes(self._cache.value_stride), LINE
+        )
+        p["scratch"] = self.zeros(n_threads * int(p["scratch_stride"]))
+
+        head_is_f16 = int(p["head"]["bits"]) == 16
+        for i, pack in enumerate(self.packs):
+            tile = 1 if i < n_threads else TILE_TOKENS
+            n = 1 if i < n_threads else tokens
+            groups = widest // 128
+            pack["tile"], pack["codes"] = tile, self.zeros(n * widest)
+            pack["scales"], pack["sums"] = self.zeros(4 * n * groups), self.zeros(4 * n * groups)
+            pack["values"] = self.zeros(4 * n * hidden) if head_is_f16 else 0
+
+        counters = WORK_PER_LAYER * config.num_hidden_layers + WORK_PER_CALL
+        p["control"] = self.zeros((COUNTERS + counters) * LINE)
+        self.control = self._owned[-1].view(np.int64)

@@ -1,0 +1,253 @@
+"""The forward pass of a Llama model as one program, run by every thread of a team at once.
+
+Each thread calls `forward` with its rank. Shared work is handed out in chunks by atomic counters, and a
+barrier separates what depends on each other's results. One token is packed by each thread for itself,
+which is cheaper than waiting; several are shared out. Nothing here knows how a matrix is multiplied
+(`matmul`), how attention streams the cache (`attention`), or what the tables are made from (`plan`).
+"""
+
+from __future__ import annotations
+
+from numba import float32, int64
+
+from . import attention
+from .jit import entry_point, kernel
+from .matmul import TILE_TOKENS, chunk_blocks, multiply, multiply_three, multiply_tile
+from .plan import BARRIER, CANCEL, COUNTERS, DECISION, UP_BLOCKS, WORK_PER_LAYER
+from .simd import load_i32, load_i64, store_i64
+from .sync import LINE, atomic_load, atomic_store, barrier, fetch_add
+from .vector_ops import clear_token, embed, gate, pack_row, pack_row_f32, rms_norm, rotate, store_key, store_value
+
+QUERIES = attention.QUERIES
+ATTENTION_TOKENS = 16
+"""Tokens of one piece of attention work in prefill."""
+_attend = attention.attend
+
+
+@entry_point
+def forward(plans, layers, packs, rank):
+    """Tokens in, logits of the wanted rows out; False if cancelled.
+
+    plans: PLAN[1], layers: LAYER[n_layers], packs: PACK[n_threads + 1]; see `plan`. The control buffer past
+    the cancel flag must be zero.
+    """
+    p = plans[0]
+    one = p.n_tokens == 1
+    pack = packs[rank] if one else packs[p.n_threads]
+    tiles = int64(1) if one else (p.n_tokens + TILE_TOKENS - 1) // TILE_TOKENS
+    scratch = p.scratch + rank * p.scratch_stride
+    words = p.control + BARRIER * LINE
+    counter = p.control + COUNTERS * LINE
+
+    embed_tokens(p, counter)
+    barrier(words, p.n_threads)
+    counter += LINE
+    for i in range(p.n_layers):
+        layer = layers[i]
+
+        # Attention: x += o_proj(attention(rope(q), rope(k), v)) with q, k, v from the normalized x.
+        pack_tokens(p, counter, pack, p.x, p.x_stride, layer.input_norm, layer.q.groups, scratch)
+        multiply_three(counter + LINE, p.n_threads, layer.q, layer.k, layer.v, pack, tiles,
+                       p.qkv, p.qkv + p.k_column, p.qkv + p.v_column, p.qkv_stride)  # fmt: skip
+        barrier(words, p.n_threads)
+        if not one:
+            rotate_and_store_all(p, counter + 2 * LINE, layer)
+            barrier(words, p.n_threads)
+        attend_all(p, counter + 3 * LINE, layer, scratch)
+        barrier(words, p.n_threads)
+        pack_tokens(p, counter + 4 * LINE, pack, p.attention, p.attention_stride, 0, layer.o.groups, scratch)
+        multiply(counter + 5 * LINE, p.n_threads, layer.o, pack, tiles, p.x, p.x_stride, 1)
+        barrier(words, p.n_threads)
+
+        # MLP: x += down_proj(act(gate_proj(x)) * up_proj(x)) with the normalized x.
+        pack_tokens(p, counter + 6 * LINE, pack, p.x, p.x_stride, layer.post_norm, layer.gate.groups, scratch)
+        gate_and_up(p, counter + 7 * LINE, layer, pack, tiles, scratch)
+        if rank == 0:
+            atomic_store(p.control + DECISION * LINE, atomic_load(p.control + CANCEL * LINE))
+        barrier(words, p.n_threads)
+        if atomic_load(p.control + DECISION * LINE) != 0:
+            return False
+        pack_tokens(p, counter + 8 * LINE, pack, p.mlp, p.mlp_stride, 0, layer.down.groups, scratch)
+        multiply(counter + 9 * LINE, p.n_threads, layer.down, pack, tiles, p.x, p.x_stride, 1)
+        barrier(words, p.n_threads)
+        counter += WORK_PER_LAYER * LINE
+
+    if p.n_rows > 0:
+        logits_of_rows(p, counter, packs, rank, scratch)
+    return True
+
+
+@kernel
+def embed_tokens(p, counter):
+    """x = the embedding of each token."""
+    while True:
+        t = fetch_add(counter, 1)
+        if t >= p.n_tokens:
+            return
+        embed(p.embed, int64(load_i32(p.tokens + 4 * t)), p.hidden_size, p.x + t * p.x_stride)
+
+
+@kernel
+def pack_tokens(p, counter, pack, rows, stride, norm, groups, scratch):
+    """Normalize (if `norm`, an address, is not 0) and pack all tokens.
+
+    One token: each thread packs its own copy. Several: shared out by tile, and waited for.
+    """
+    if pack.tile == 1:
+        pack_one(p, pack, rows, norm, groups, 0, 0, scratch)
+        return
+    while True:
+        tile = fetch_add(counter, 1)
+        if tile * TILE_TOKENS >= p.n_tokens:
+            break
+        for t in range(TILE_TOKENS):
+            token = tile * TILE_TOKENS + t
+            if token < p.n_tokens:
+                pack_one(p, pack, rows + token * stride, norm, groups, tile, t, scratch)
+            else:
+                clear_token(groups, pack, tile, t, False)
+    barrier(p.control + BARRIER * LINE, p.n_threads)
+
+
+@kernel
+def pack_one(p, pack, row, norm, groups, tile, t, scratch):
+    """One row to token `t` of tile `tile`."""
+    if norm != 0:
+        rms_norm(row, norm, p.hidden_size, groups * 128, p.eps, scratch + p.normed)
+        row = scratch + p.normed
+    pack_row(row, groups, pack, tile, t, scratch)
+
+
+@kernel
+def rotate_and_store(p, layer, t, head):
+    """RoPE on one KV head's key and its queries; key and value go into the cache."""
+    row = p.qkv + t * p.qkv_stride
+    half = p.head_dim // 2
+    cos, sin = p.cos + t * half * 4, p.sin + t * half * 4
+    shared = p.n_heads // p.n_kv_heads
+    for i in range(shared):
+        rotate(row + (head * shared + i) * p.head_dim * 4, cos, sin, p.head_dim, p.query_scale)
+    k = row + p.k_column + head * p.head_dim * 4
+    rotate(k, cos, sin, p.head_dim, float32(1.0))
+    slot, position = load_i64(p.slots + 8 * t), load_i64(p.positions + 8 * t)
+    store_key(k, layer.keys + slot * p.key_slot_bytes + head * p.key_head_bytes, position, p.head_dim)
+    v = row + p.v_column + head * p.head_dim * 4
+    to = layer.values + slot * p.value_slot_bytes + head * p.value_head_bytes
+    store_value(v, to, position, p.head_dim, p.value_stride)
+
+
+@kernel
+def rotate_and_store_all(p, counter, layer):
+    """`rotate_and_store` for all tokens and KV heads."""
+    while True:
+        t = fetch_add(counter, 1)
+        if t >= p.n_tokens:
+            return
+        for head in range(p.n_kv_heads):
+            rotate_and_store(p, layer, t, head)
+
+
+@kernel
+def attend_all(p, counter, layer, scratch):
+    """Attention of all tokens: a piece of work is one KV head and a few neighbouring tokens."""
+    pieces = (p.n_tokens + ATTENTION_TOKENS - 1) // ATTENTION_TOKENS
+    while True:
+        work = fetch_add(counter, 1)
+        if work >= pieces * p.n_kv_heads:
+            return
+        # The last tokens see the most positions: they come first, so that no thread ends alone with them.
+        piece, head = pieces - 1 - work // p.n_kv_heads, work % p.n_kv_heads
+        first = piece * ATTENTION_TOKENS
+        if p.n_tokens == 1:
+            rotate_and_store(p, layer, 0, head)
+        attend_tokens(p, layer, head, first, min(first + ATTENTION_TOKENS, p.n_tokens), scratch)
+
+
+@kernel
+def attend_tokens(p, layer, head, first, end, scratch):
+    """Attention of tokens first..end-1 with one KV head, QUERIES queries of one slot at a time."""
+    shared = p.n_heads // p.n_kv_heads
+    lengths, outs = scratch + p.attention_scratch, scratch + p.attention_scratch + 8 * QUERIES
+    own = outs + 8 * QUERIES
+    # Queries of consecutive tokens are qkv_stride apart, those of one token head_dim: a pass takes one kind.
+    across_tokens = shared == 1
+    step = int64(QUERIES) if across_tokens else int64(1)
+    t = first
+    while t < end:
+        slot = load_i64(p.slots + 8 * t)
+        tokens = int64(1)
+        while tokens < step and t + tokens < end and load_i64(p.slots + 8 * (t + tokens)) == slot:
+            tokens += 1
+        keys = layer.keys + slot * p.key_slot_bytes + head * p.key_head_bytes
+        values = layer.values + slot * p.value_slot_bytes + head * p.value_head_bytes
+        for query in range(0, shared, QUERIES):
+            n = tokens if across_tokens else min(int64(QUERIES), shared - query)
+            column = (head * shared + query) * p.head_dim * 4
+            for i in range(QUERIES):
+                token, offset = (t + i, column) if across_tokens else (t, column + i * p.head_dim * 4)
+                length = load_i64(p.positions + 8 * token) + 1 if i < n else int64(0)
+                store_i64(lengths + 8 * i, length)
+                store_i64(outs + 8 * i, p.attention + token * p.attention_stride + offset)
+            q = p.qkv + t * p.qkv_stride + column
+            if across_tokens:
+                # The stride leads to real rows even where fewer than QUERIES tokens are left.
+                stride = p.qkv_stride if n == QUERIES else int64(0)
+            else:
+                stride = p.head_dim * 4 if n == QUERIES else int64(0)
+            if n == QUERIES:
+                _attend(QUERIES, q, stride, lengths, keys, values, p.head_dim, p.value_stride, outs, own)
+            else:
+                apart = p.qkv_stride if across_tokens else p.head_dim * 4
+                for i in range(n):
+                    _attend(1, q + i * apart, 0, lengths + 8 * i, keys, values, p.head_dim, p.value_stride,
+                            outs + 8 * i, own)  # fmt: skip
+        t += tokens
+
+
+@kernel
+def gate_and_up(p, counter, layer, pack, tiles, scratch):
+    """mlp = act(gate_proj) * up_proj, a few row blocks of both at a time."""
+    chunk = min(chunk_blocks(layer.gate, layer.gate.blocks, p.n_threads), UP_BLOCKS)
+    up = scratch + p.up
+    while True:
+        first = fetch_add(counter, chunk)
+        if first >= layer.gate.blocks:
+            return
+        blocks = min(chunk, layer.gate.blocks - first)
+        for index in range(tiles):
+            out = p.mlp + index * pack.tile * p.mlp_stride
+            multiply_tile(layer.gate, first, blocks, pack, index, out, p.mlp_stride, 0)
+            # `up` holds only these row blocks: row 0 of the matrix would lie before it.
+            multiply_tile(layer.up, first, blocks, pack, index, up - first * 64, UP_BLOCKS * 64, 0)
+            for t in range(pack.tile):
+                gate(out + t * p.mlp_stride + first * 64, up + t * UP_BLOCKS * 64, blocks * 16, p.activation)
+
+
+@kernel
+def logits_of_rows(p, counter, packs, rank, scratch):
+    """logits = lm_head(norm(x)) for the wanted rows."""
+    one = p.n_rows == 1
+    pack = packs[rank] if one else packs[p.n_threads]
+    tile = pack.tile
+    groups, is_f16 = p.head.groups, p.head.bits == 16
+    tiles = (p.n_rows + tile - 1) // tile
+    while True:
+        index = int64(0) if one else fetch_add(counter, 1)
+        if index >= tiles:
+            break
+        for t in range(tile):
+            row = index * tile + t
+            if row < p.n_rows:
+                x = p.x + int64(load_i32(p.rows + 4 * row)) * p.x_stride
+                rms_norm(x, p.final_norm, p.hidden_size, groups * 128, p.eps, scratch + p.normed)
+                if is_f16:
+                    pack_row_f32(scratch + p.normed, groups, pack, index, t)
+                else:
+                    pack_row(scratch + p.normed, groups, pack, index, t, scratch)
+            else:
+                clear_token(groups, pack, index, t, is_f16)
+        if one:
+            break
+    barrier(p.control + BARRIER * LINE, p.n_threads)
+    multiply(counter + LINE, p.n_threads, p.head, pack, tiles, p.logits, p.logits_stride, 0)
+    barrier(p.control + BARRIER * LINE, p.n_threads)

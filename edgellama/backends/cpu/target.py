@@ -1,0 +1,65 @@
+"""Which dot-product instruction the code that Numba compiles may use, and the tile shapes that suit it.
+
+Numba compiles for the host, or for what `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` say; this module asks
+Numba, never the hardware, so a test can run every x86 path on one machine. It knows nothing of kernels.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import NamedTuple
+
+# A CPU name given by hand comes without a feature list, so names that matter are listed here; LLVM knows
+# what a name implies but offers no way to ask.
+_VNNI_512 = (
+    "cascadelake cooperlake cannonlake icelake-client icelake-server tigerlake rocketlake sapphirerapids "
+    "emeraldrapids graniterapids diamondrapids znver4 znver5"
+).split()
+_VNNI_256 = "alderlake raptorlake meteorlake gracemont arrowlake arrowlake-s lunarlake pantherlake sierraforest".split()
+_AVX2 = (
+    "haswell broadwell skylake skylake-avx512 skx x86-64-v3 x86-64-v4 core-avx2 znver1 znver2 znver3 bdver4"
+).split()
+
+
+class Target(NamedTuple):
+    """What the kernels ask: tiles are row blocks x tokens of one GEMM step."""
+
+    dot4: str  # how four neighbouring int8 products are summed: avx512vnni | avxvnni | avx2 | neon | plain
+    float16: bool  # instructions convert to and from float16; without them LLVM would call a missing library
+    tile_tokens: int
+    tile_blocks: int
+
+
+def choose(arch: str, cpu_name: str, features: str) -> Target:
+    """The target for an architecture, an LLVM CPU name and LLVM's feature string (`"+avx2,-avx512f"`).
+
+    >>> choose("x86_64", "haswell", "").dot4
+    'avx2'
+    """
+    has = {f[1:] for f in features.split(",") if f.startswith("+")}
+    lacks = {f[1:] for f in features.split(",") if f.startswith("-")}
+
+    def can(feature: str, names: list[str]) -> bool:
+        return feature in has or (cpu_name in names and feature not in lacks)
+
+    if arch in ("x86_64", "amd64"):
+        if can("avx512vnni", _VNNI_512) and can("avx512bw", _VNNI_512):
+            return Target("avx512vnni", True, 6, 2)
+        if can("avxvnni", _VNNI_256) and can("f16c", _VNNI_256):
+            return Target("avxvnni", True, 4, 1)
+        if can("avx2", _VNNI_512 + _VNNI_256 + _AVX2) and can("f16c", _VNNI_512 + _VNNI_256 + _AVX2):
+            return Target("avx2", True, 4, 1)
+    if arch in ("aarch64", "arm64") and ("dotprod" in has or cpu_name.startswith("apple-")):
+        return Target("neon", True, 4, 1)
+    return Target("plain", arch in ("aarch64", "arm64"), 4, 1)
+
+
+def numba_target() -> Target:
+    """The target of the code that this process's Numba compiles."""
+    from numba.core.registry import cpu_target
+
+    _triple, cpu_name, features = cpu_target.target_context.codegen().magic_tuple()
+    return choose(platform.machine().lower(), cpu_name, features)
+
+
+TARGET = numba_target()

@@ -1,0 +1,193 @@
+"""What happens to one token's vector between the matrices: embed, normalize, pack, rotate, activate.
+
+Rows are float32 at integer addresses; a row of `n` values lies in a buffer that is zero up to the next
+multiple of 128, and stays so. Each row is computed by one thread in one fixed order. Knows nothing of
+layers or threads.
+"""
+
+from __future__ import annotations
+
+import math
+
+from numba import float32, int32
+
+from .jit import kernel
+from .simd import (
+    hmax,
+    hsum,
+    hsum_i32,
+    load_f16,
+    load_f32,
+    load_i32,
+    load_u8,
+    round_i32,
+    splat,
+    store_f16,
+    store_f32,
+    store_i32,
+    vabs,
+    vadd,
+    vadd_i32,
+    vdiv,
+    vexp,
+    vfma,
+    vload,
+    vmax,
+    vmul,
+    vstore,
+    vstore_i8,
+    vsub,
+)
+
+SILU, GELU, GELU_TANH, RELU = 0, 1, 2, 3
+ROW_MAJOR_F16 = 0
+"""`bits` of an untied embedding: plain rows of float16, not the block layout of a matrix."""
+
+
+@kernel
+def embed(table, token, n, x):
+    """Row `token` of an embedding, in any layout that a file may hold it in, to float32 [n] at `x`."""
+    block, row = token // 16, token % 16
+    if table.bits == ROW_MAJOR_F16:
+        for i in range(n):
+            store_f32(x + 4 * i, load_f16(table.weights + (token * n + i) * 2))
+        return
+    if table.bits == 16:
+        start = table.weights + (block * table.groups * 128 * 16 + row) * 2
+        for i in range(n):
+            store_f32(x + 4 * i, load_f16(start + i * 32))
+        return
+    scales = table.scales + (block * table.groups * 16 + row) * 2
+    for i in range(n):
+        group = i // 128
+        scale = load_f16(scales + group * 32)
+        if table.bits == 4:
+            line = table.weights + (block * table.groups + group) * 1024 + i % 128 // 8 * 64
+            code = int32(load_u8(line + 4 * row + i % 4))
+            code = (code >> 4 if i % 8 >= 4 else code & 15) - 8
+        else:
+            line = table.weights + (block * table.groups + group) * 2048 + i % 128 // 4 * 64
+            code = int32(load_u8(line + 4 * row + i % 4)) - 128
+        store_f32(x + 4 * i, float32(code) * scale)
+
+
+@kernel
+def rms_norm(x, weight, n, padded, eps, out):
+    """out = weight * x / sqrt(mean(x**2) + eps); `weight` is zero beyond n, so `out` is too."""
+    squares = splat(float32(0.0))
+    for i in range(0, padded, 16):
+        v = vload(x + 4 * i)
+        squares = vfma(v, v, squares)
+    factor = splat(float32(1.0) / math.sqrt(hsum(squares) / float32(n) + float32(eps)))
+    for i in range(0, padded, 16):
+        vstore(out + 4 * i, vmul(vload(weight + 4 * i), vmul(vload(x + 4 * i), factor)))
+
+
+@kernel
+def pack_row(x, groups, pack, index, t, scratch):
+    """Quantize a row into token `t` of tile `index`: q = rint(x * 127 / absmax), scale = absmax / 127.
+
+    `scratch`: 128 bytes. Kernel-readable layout: see `matmul`.
+    """
+    tile = pack.tile
+    for g in range(groups):
+        at = (index * groups + g) * tile
+        top = splat(float32(0.0))
+        for i in range(0, 128, 16):
+            top = vmax(vabs(vload(x + 4 * (g * 128 + i))), top)
+        absmax = hmax(top)
+        inverse = splat(float32(127.0) / absmax if absmax > float32(1e-30) else float32(0.0))
+        total = round_i32(splat(float32(0.0)))
+        for i in range(0, 128, 16):
+            q = round_i32(vmul(vload(x + 4 * (g * 128 + i)), inverse))
+            total = vadd_i32(total, q)
+            vstore_i8(scratch + i, q)
+        store_f32(pack.scales + 4 * (at + t), absmax / float32(127.0))
+        store_i32(pack.sums + 4 * (at + t), hsum_i32(total))
+        codes = pack.codes + at * 128 + 4 * t
+        for word in range(32):
+            store_i32(codes + word * tile * 4, load_i32(scratch + 4 * word))
+
+
+@kernel
+def pack_row_f32(x, groups, pack, index, t):
+    """`pack_row` for a 16-bit matrix: the values as they are."""
+    tile = pack.tile
+    values = pack.values + 4 * (index * groups * 128 * tile + t)
+    for i in range(groups * 128):
+        store_f32(values + 4 * i * tile, load_f32(x + 4 * i))
+
+
+@kernel
+def clear_token(groups, pack, index, t, is_f16):
+    """Token `t` of tile `index` contributes zero: the last tile's empty places."""
+    tile = pack.tile
+    for g in range(groups):
+        at = (index * groups + g) * tile
+        if is_f16:
+            for i in range(128):
+                store_f32(pack.values + 4 * (at * 128 + i * tile + t), float32(0.0))
+        else:
+            store_f32(pack.scales + 4 * (at + t), float32(0.0))
+            store_i32(pack.sums + 4 * (at + t), int32(0))
+            for word in range(32):
+                store_i32(pack.codes + at * 128 + (word * tile + t) * 4, int32(0))
+
+
+@kernel
+def rotate(x, cos, sin, head_dim, factor):
+    """RoPE in place, half-split as in Hugging Face's Llama (no interleaving), then times `factor`."""
+    half = head_dim // 2
+    for i in range(half):
+        c, s = load_f32(cos + 4 * i), load_f32(sin + 4 * i)
+        low, high = load_f32(x + 4 * i), load_f32(x + 4 * (half + i))
+        store_f32(x + 4 * i, (low * c - high * s) * factor)
+        store_f32(x + 4 * (half + i), (high * c + low * s) * factor)
+
+
+@kernel
+def store_key(k, cache, position, head_dim):
+    """Write one head's key at `position`: float16 [positions/16][head_dim][16], so that lane = position."""
+    to = cache + position // 16 * head_dim * 32 + position % 16 * 2
+    for i in range(head_dim):
+        store_f16(to + i * 32, load_f32(k + 4 * i))
+
+
+@kernel
+def store_value(v, cache, position, head_dim, stride):
+    """Write one head's value at `position`: float16 [positions][stride]."""
+    to = cache + position * stride * 2
+    for i in range(head_dim):
+        store_f16(to + i * 2, load_f32(v + 4 * i))
+
+
+@kernel
+def sigmoid(v):
+    """1 / (1 + e**-v) of a vector; its limits at both ends."""
+    one = splat(float32(1.0))
+    return vdiv(one, vadd(one, vexp(vsub(splat(float32(0.0)), v))))
+
+
+@kernel
+def gate(h, up, n, activation):
+    """h = act(h) * up, n values (a multiple of 16)."""
+    if activation == SILU:
+        for i in range(0, n, 16):
+            v = vload(h + 4 * i)
+            vstore(h + 4 * i, vmul(vmul(v, sigmoid(v)), vload(up + 4 * i)))
+    elif activation == GELU_TANH:
+        # 0.5 * (1 + tanh(y)) is sigmoid(2y).
+        a, b = splat(float32(2.0 * math.sqrt(2.0 / math.pi))), splat(float32(0.044715))
+        for i in range(0, n, 16):
+            v = vload(h + 4 * i)
+            y = vmul(a, vfma(vmul(b, v), vmul(v, v), v))
+            vstore(h + 4 * i, vmul(vmul(v, sigmoid(y)), vload(up + 4 * i)))
+    elif activation == GELU:
+        for i in range(n):
+            v = load_f32(h + 4 * i)
+            g = float32(0.5 * v * (1.0 + math.erf(v * math.sqrt(0.5))))
+            store_f32(h + 4 * i, g * load_f32(up + 4 * i))
+    else:
+        zero = splat(float32(0.0))
+        for i in range(0, n, 16):
+            vstore(h + 4 * i, vmul(vmax(vload(h + 4 * i), zero), vload(up + 4 * i)))

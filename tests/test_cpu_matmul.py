@@ -1,0 +1,160 @@
+"""The tile kernels against NumPy: integers exactly, floats in the stated order, and the same bits for every tile.
+
+The file also runs as a program, which prints a hash of every product: `test_cpu_targets` runs it in a
+process of its own for each instruction set and compares.
+"""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+from edgellama import quant
+from edgellama.backends.cpu import matmul
+from edgellama.backends.cpu.jit import kernel
+from edgellama.backends.cpu.plan import MATRIX, PACK
+from edgellama.backends.cpu.vector_ops import pack_row, pack_row_f32
+from edgellama.kv_cache import aligned_zeros
+
+SHAPES = [(16, 128), (40, 300), (300, 576)]
+
+
+@kernel
+def run_pack(x, groups, pack, tokens, scratch):
+    p = pack[0]
+    for token in range(tokens):
+        pack_row(x + token * groups * 512, groups, p, token // p.tile, token % p.tile, scratch)
+        if p.values != 0:
+            pack_row_f32(x + token * groups * 512, groups, p, token // p.tile, token % p.tile)
+
+
+@kernel
+def run_multiply(counter, matrix, pack, tiles, out, stride, add):
+    matmul.multiply(counter, 1, matrix[0], pack[0], tiles, out, stride, add)
+
+
+class Product:
+    """One matrix of random codes, its activations, and the buffers that a kernel wants."""
+
+    def __init__(self, bits: int, shape: tuple[int, int], tokens: int, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.bits, self.shape, self.tokens = bits, shape, tokens
+        self.n, self.k = quant.padded_shape(*shape)
+        self.codes = rng.integers(0, 256 if bits == 8 else 16, shape, dtype=np.uint8)
+        self.scales = rng.standard_normal((shape[0], self.k // 128)).astype(np.float16)
+        self.f16 = rng.standard_normal(shape).astype(np.float16)
+        packed = {4: quant.pack_int4, 8: quant.pack_int8}.get(bits, lambda _: quant.pack_f16(self.f16))(self.codes)
+        self.weights = aligned_zeros(packed.nbytes)
+        self.weights[:] = packed.reshape(-1).view(np.uint8)
+        self.packed_scales = quant.pack_scales(self.scales)
+        self.bias = np.zeros(self.n, np.float32)
+        self.bias[: shape[0]] = rng.standard_normal(shape[0])
+        self.x = np.zeros((tokens, self.k), np.float32)
+        self.x[:, : shape[1]] = rng.standard_normal((tokens, shape[1])) * rng.uniform(0.01, 30, (tokens, 1))
+
+    def matrix(self, bias: bool) -> np.ndarray:
+        m = np.zeros(1, MATRIX)
+        m["bits"], m["weights"], m["scales"] = self.bits, self.weights.ctypes.data, self.packed_scales.ctypes.data
+        m["bias"], m["blocks"], m["groups"] = self.bias.ctypes.data if bias else 0, self.n // 16, self.k // 128
+        return m
+
+    def run(self, tile: int, bias: bool = False, add: np.ndarray | None = None) -> np.ndarray:
+        """float32 [tokens, out_features] by the kernels, tokens in tiles of `tile` (1 or TILE_TOKENS)."""
+        tiles = -(-self.tokens // tile)
+        rows, groups = tiles * tile, self.k // 128
+        self.pack_codes = np.zeros(rows * self.k, np.int8)
+        self.pack_scales = np.zeros(rows * groups, np.float32)
+        pack_sums, values = np.zeros(rows * groups, np.int32), np.zeros(rows * self.k, np.float32)
+        pack, scratch = np.zeros(1, PACK), np.zeros(128, np.uint8)
+        pack["tile"], pack["codes"], pack["scales"] = tile, self.pack_codes.ctypes.data, self.pack_scales.ctypes.data
+        pack["sums"], pack["values"] = pack_sums.ctypes.data, values.ctypes.data if self.bits == 16 else 0
+        run_pack(self.x.ctypes.data, groups, pack, self.tokens, scratch.ctypes.data)
+        out = np.zeros((rows, self.n), np.float32)
+        if add is not None:
+            out[: self.tokens, : self.shape[0]] = add
+        counter = np.zeros(1, np.int64)
+        matrix = self.matrix(bias)
+        run_multiply(counter.ctypes.data, matrix, pack, tiles, out.ctypes.data, out.strides[0], 0 if add is None else 1)
+        assert (out[: self.tokens, self.shape[0] :] == 0).all(), "rows that pad must give zero"
+        return out[: self.tokens, : self.shape[0]]
+
+    def quantized_x(self) -> tuple[np.ndarray, np.ndarray]:
+        """Activations as the kernels must quantize them: codes [tokens, groups, 128], scales [tokens, groups]."""
+        x = self.x.reshape(self.tokens, -1, 128)
+        top = np.abs(x).max(axis=2)
+        inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 1e-30)
+        return np.rint(x * inverse[:, :, None]).astype(np.int64), top / np.float32(127)
+
+    def terms(self) -> np.ndarray:
+        """The terms that a kernel adds in float32, in float64: [tokens, out, groups], or inputs for 16 bits."""
+        if self.bits == 16:
+            return np.einsum("ti,oi->toi", self.x[:, : self.shape[1]], self.f16.astype(np.float64))
+        q, xs = self.quantized_x()
+        w = np.zeros((self.shape[0], self.k), np.int64)
+        w[:, : self.shape[1]] = self.codes.astype(np.int64) - quant.ZERO_POINT[self.bits]
+        sums = np.einsum("tgi,ogi->tog", q, w.reshape(self.shape[0], -1, 128))
+        return np.einsum("tog,og,tg->tog", sums, self.scales.astype(np.float64), xs.astype(np.float64))
+
+    def check(self, got: np.ndarray) -> None:
+        """Float32 sums of n terms, two roundings a term: off by at most (n + 2) * 2**-24 of the terms' sizes."""
+        terms = self.terms()
+        tolerance = np.abs(terms).sum(axis=2) * (terms.shape[2] + 2) * 2.0**-24
+        assert (np.abs(got - terms.sum(axis=2)) <= tolerance).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product_is_right(bits, shape):
+    product = Product(bits, shape, tokens=matmul.TILE_TOKENS + 2)
+    for tile in (1, matmul.TILE_TOKENS):
+        product.check(product.run(tile))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_tile_gives_the_same_bits(bits, shape):
+    product = Product(bits, shape, tokens=2 * matmul.TILE_TOKENS + 1)
+    add = np.random.default_rng(5).standard_normal((product.tokens, shape[0])).astype(np.float32)
+    one, many = (product.run(tile, bias=True, add=add) for tile in (1, matmul.TILE_TOKENS))
+    assert (one == many).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_group_is_exact(bits):
+    """With one group there is one multiplication and one fma from zero: every bit is known."""
+    product = Product(bits, (33, 100), tokens=3)
+    q, xs = product.quantized_x()
+    w = product.codes.astype(np.int64) - quant.ZERO_POINT[bits]
+    sums = (q[:, 0, :100] @ w.T).astype(np.float32)
+    expected = sums * (product.scales[:, 0].astype(np.float32) * xs)
+    assert (product.run(1) == expected).all()
+    assert (product.run(1, bias=True) == expected + product.bias[:33]).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_extreme_codes_do_not_saturate(bits):
+    """The largest products of every sign: AVX2's pairs of products go through a saturating int16."""
+    product = Product(bits, (16, 128), tokens=2)
+    product.x[0], product.x[1] = 1.0, -1.0
+    for code in (0, 2**bits - 1):
+        product.codes[:] = code
+        packed = (quant.pack_int4 if bits == 4 else quant.pack_int8)(product.codes)
+        product.weights[:] = packed.reshape(-1)
+        product.check(product.run(1))
+
+
+def digest() -> str:
+    """A hash over products of all kinds; equal on every target."""
+    state = hashlib.sha256()
+    for bits in (4, 8):
+        for shape in SHAPES:
+            state.update(Product(bits, shape, tokens=5).run(1, bias=True).tobytes())
+            state.update(Product(bits, shape, tokens=7).run(matmul.TILE_TOKENS).tobytes())
+    return state.hexdigest()
+
+
+if __name__ == "__main__":
+    from edgellama.backends.cpu.target import TARGET
+
+    print(TARGET.dot4, digest())
