@@ -4,7 +4,7 @@
 >>> export_hf("llama-2-7b.edgellama", "llama-2-7b-dequantized")
 """
 
-from .convert import convert
+from .conversion import convert
 from .export import export_hf
 from .report import ConvertReport, ExportReport
 

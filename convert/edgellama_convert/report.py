@@ -34,6 +34,7 @@ class ConvertReport:
     seconds: float
     n_threads: int
     weights_per_second: float
+    """Reading, quantizing and writing only, with `n_threads` threads."""
     peak_rss: int | None
     """Most memory seen during the conversion, without pages of mapped files."""
     files: tuple[str, ...]

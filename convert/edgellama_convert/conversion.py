@@ -75,9 +75,11 @@ def convert(
         plan = plan_tensors(config, specs, checkpoint.tensors)
         work = _Conversion(checkpoint, specs, plan, method, max_ram, n_threads, files, progress)
         with work.pipeline, ModelWriter(destination, raw_config, lm_head_bits=lm_head_bits, method=method) as writer:
+            work_started = time.perf_counter()
             work.compare_tied()
             for spec in specs:
                 writer.write(spec.name, work.data(spec))
+            work_seconds = time.perf_counter() - work_started
             writer.finish(files, _provenance(origin, checkpoint, raw_files=_hashed_files(origin.folder, files)))
         seconds = time.perf_counter() - started
         file_bytes = destination.stat().st_size
@@ -99,7 +101,7 @@ def convert(
             ignored_config_keys=dict(config.ignored),
             seconds=seconds,
             n_threads=n_threads,
-            weights_per_second=work.total / seconds,
+            weights_per_second=work.total / work_seconds,
             peak_rss=work.peak_rss,
             files=tuple(files),
             warnings=tuple(warnings),
