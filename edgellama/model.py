@@ -71,9 +71,10 @@ def load(
 
 
 def kv_bytes_per_token(config: "LlamaConfig", device: str = "cpu") -> int:
-    """Bytes of KV cache a position takes: keys and values of every layer, fp16 (float32 in the reference)."""
-    item = 4 if device == "reference" else 2
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
+    """Bytes of KV cache that one position takes: fp16, but float32 in the reference."""
+    from edgellama.kv_cache import bytes_per_position
+
+    return bytes_per_position(config) * (2 if device == "reference" else 1)
 
 
 def choose_n_ctx(

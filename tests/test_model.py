@@ -143,7 +143,7 @@ def test_an_explicit_n_ctx_is_obeyed_or_refused():
 
 
 def test_kv_bytes():
-    assert kv_bytes_per_token(FakeFile().config) == 2 * 1 * 2 * 8 * 2
+    assert kv_bytes_per_token(FakeFile(head_dim=16).config) == 2 * 1 * 2 * 16 * 2
 
 
 def test_available_memory_is_plausible():

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # argparse: --help, --version, wrong usage
         return done.code if isinstance(done.code, int) else 2
     except KeyboardInterrupt:
-        console.note("interrupted")
+        console.note("edgellama: interrupted")
         return 130
     except BrokenPipeError:
         console.drop_stdout()  # whoever read our output has had enough

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             )
         except KeyboardInterrupt:
             progress.close()
-            console.note("interrupted; nothing was written")
+            console.note("edgellama: interrupted; nothing was written")
             return 130
     if args.json:
         console.say_json(report.to_dict())

@@ -3,6 +3,7 @@
 import argparse
 
 from edgellama.cli import console, options
+from edgellama.paths import find_model
 
 _DESCRIPTION = "Write the dequantized weights as a checkpoint that other programs load."
 _EPILOG = """\
@@ -26,15 +27,13 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    path = options.model_of(args)
     kind, directory = args.to
     if kind != "hf":
         args.parser.error(f"cannot export to {kind!r}; --to hf DIR is what there is")
+    path = find_model(options.model_of(args))
     from edgellama_convert import export_hf
 
-    from edgellama.paths import find_model
-
-    report = export_hf(find_model(path), directory, dtype=args.dtype)
+    report = export_hf(path, directory, dtype=args.dtype)
     if args.json:
         console.say_json(report.to_dict())
     else:

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     elif console.is_terminal(sys.stdout) or not result.text.endswith("\n"):
         console.say("")
     if code:
-        console.note(f"interrupted after {len(result.token_ids)} tokens")
+        console.note(f"edgellama: interrupted after {len(result.token_ids)} tokens")
     elif not args.quiet:
         console.note(summary(result, context_full=len(result.token_ids) == room))
     return code

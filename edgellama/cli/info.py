@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from edgellama.cli import console, options
+from edgellama.paths import find_model
 
 _DESCRIPTION = "Tell what a model file is: shapes, quantization, source, memory needed."
 _EPILOG = """\
@@ -18,11 +19,10 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    path = options.model_of(args)
+    path = find_model(options.model_of(args))
     from edgellama.format import open_model
-    from edgellama.paths import find_model
 
-    with open_model(find_model(path)) as file:
+    with open_model(path) as file:
         facts = describe(file)
     if args.json:
         console.say_json(facts)

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -41,7 +42,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         module.add_parser(subparsers)
     verbs: dict[str, _Parser] = subparsers.choices
     if not argv:
-        parser.print_help()
+        parser.print_help(sys.stderr)
         return argparse.Namespace(run=lambda _: 2)
     if not argv[0].startswith("-") and argv[0] not in verbs:
         parser.error(f"unknown verb {argv[0]!r}{_did_you_mean(argv[0], list(verbs))}")

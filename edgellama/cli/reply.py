@@ -4,12 +4,15 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from edgellama.cli import console
-from edgellama.generate import Generation, Stream
+
+if TYPE_CHECKING:
+    from edgellama.generate import Generation, Stream
 
 
-def stream_reply(stream: Stream, *, silent: bool = False) -> int:
+def stream_reply(stream: "Stream", *, silent: bool = False) -> int:
     """Print the pieces as they come; returns 0, or 130 when Ctrl-C ended the reply.
 
     Ctrl-C lets the token in work finish, so the result is whole. Before the first token, or pressed twice, it is
@@ -43,7 +46,7 @@ def _interrupt_handler(handler) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def summary(result: Generation, *, context_full: bool = False) -> str:
+def summary(result: "Generation", *, context_full: bool = False) -> str:
     """One line: how much, how fast, why it ended.
 
     A rate is only told where there is something to measure.

@@ -4,6 +4,7 @@ import argparse
 
 from edgellama.cli import console, options
 from edgellama.cli.progress import Progress
+from edgellama.paths import find_model
 
 _DESCRIPTION = "Check a file's structure and the hash of every tensor."
 _EPILOG = """\
@@ -23,11 +24,10 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    path = options.model_of(args)
+    path = find_model(options.model_of(args))
     from edgellama.format import open_model
-    from edgellama.paths import find_model
 
-    with open_model(find_model(path)) as file:
+    with open_model(path) as file:
         with Progress("verify", unit="B", quiet=args.quiet) as progress:
             file.verify(progress.update)
         facts = {"path": str(file.path), "ok": True, "tensors": len(file.tensors), "size_bytes": file.size}
