@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from edgellama.config import LlamaConfig
-from edgellama.errors import ConvertError, FormatError
+from edgellama.errors import ConvertError, FormatError, TokenizerError
 from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, model_tensors
 from edgellama.format.schema import LM_HEAD_BITS
 from edgellama.format.strict_json import parse_object
@@ -221,7 +221,11 @@ def check_tokenizer(files: Mapping[str, bytes], config: LlamaConfig) -> list[str
 
     if "tokenizer.json" not in files and "tokenizer.model" not in files:
         return ["the source has no tokenizer.json or tokenizer.model: the model will take and give token ids only"]
-    tokenizer = load_tokenizer(files, config)
+    try:
+        tokenizer = load_tokenizer(files, config)
+        tokenizer.decode(tokenizer.encode("Hello"))
+    except TokenizerError as error:
+        raise TokenizerError(f"the source's tokenizer cannot be used: {error}") from None
     if tokenizer.vocab_size > config.vocab_size:
         return [
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
