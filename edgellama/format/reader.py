@@ -8,7 +8,6 @@ gigabytes); `ModelFile.verify` does it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import mmap
 import os
 import stat
@@ -120,9 +119,9 @@ class ModelFile:
         self.provenance: dict[str, Any] = contents.metadata.provenance
         self.receipt: dict[str, Any] | None = contents.metadata.receipt
         self._contents = contents
-        self._source: FileSource | None = source
-        self._map: mmap.mmap | None = _map(source)
+        self._map: mmap.mmap | None = _map(path, source)
         self._address: int = np.frombuffer(self._map, np.uint8).ctypes.data
+        self._source: FileSource | None = source  # last: from here on the descriptor is ours to close
 
     def array(self, name: str) -> np.ndarray:
         """A read-only view of a tensor as stored, padding included; the shape is the layout's `stored_shape`.
@@ -207,14 +206,11 @@ class ModelFile:
         return self._map
 
 
-def _map(source: FileSource) -> mmap.mmap:
+def _map(path: Path, source: FileSource) -> mmap.mmap:
     try:
         return mmap.mmap(source.fd, source.size, access=mmap.ACCESS_READ)
-    except (OverflowError, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOMEM, None):
-            raise
-        # ValueError: the file was cut after the check
-        raise EdgellamaError(f"{source.size} bytes cannot be mapped into memory: {error}") from None
+    except (OverflowError, ValueError) as error:  # a 32-bit Python; a file that was cut after the check
+        raise EdgellamaError(f"{path}: {source.size} bytes cannot be mapped into memory: {error}") from None
 
 
 def _close(fd: int) -> None:

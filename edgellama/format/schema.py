@@ -8,6 +8,7 @@ Names are Hugging Face's without ".weight", plus `.qweight` and `.scales` for wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..config import LlamaConfig
@@ -26,7 +27,12 @@ class TensorSpec:
 
 
 def model_tensors(config: LlamaConfig, lm_head_bits: int) -> list[TensorSpec]:
-    """Every tensor of the file, in file order. `lm_head_bits`: 4, 8 or 16, also of a tied embedding.
+    """Every tensor of the file, in file order. `lm_head_bits`: 4, 8 or 16, also of a tied embedding."""
+    return list(iter_tensors(config, lm_head_bits))
+
+
+def iter_tensors(config: LlamaConfig, lm_head_bits: int) -> Iterator[TensorSpec]:
+    """`model_tensors` one by one: a reader stops at the first that differs, and a hostile config may ask for 60,000.
 
     Matrices that are multiplied by the same input (q, k, v; gate, up) stand next to each other, codes beside codes and
     scales beside scales, so that a backend can read them as one.
@@ -36,25 +42,23 @@ def model_tensors(config: LlamaConfig, lm_head_bits: int) -> list[TensorSpec]:
     kv_size = config.num_key_value_heads * config.head_dim
     vocab = (config.vocab_size, hidden)
 
-    specs: list[TensorSpec] = []
     if config.tie_word_embeddings:
-        specs += _matrices([("model.embed_tokens", vocab)], lm_head_bits, bias=False)
+        yield from _matrices([("model.embed_tokens", vocab)], lm_head_bits, bias=False)
     else:
-        specs.append(TensorSpec("model.embed_tokens.weight", "f16", vocab))
+        yield TensorSpec("model.embed_tokens.weight", "f16", vocab)
     for i in range(config.num_hidden_layers):
         layer, attention, mlp = f"model.layers.{i}", f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        specs.append(TensorSpec(f"{layer}.input_layernorm.weight", "f32", (hidden,)))
+        yield TensorSpec(f"{layer}.input_layernorm.weight", "f32", (hidden,))
         qkv = [("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)]
-        specs += _matrices([(f"{attention}.{name}", (size, hidden)) for name, size in qkv], 4, config.attention_bias)
-        specs += _matrices([(f"{attention}.o_proj", (hidden, q_size))], 4, config.attention_bias)
-        specs.append(TensorSpec(f"{layer}.post_attention_layernorm.weight", "f32", (hidden,)))
+        yield from _matrices([(f"{attention}.{name}", (size, hidden)) for name, size in qkv], 4, config.attention_bias)
+        yield from _matrices([(f"{attention}.o_proj", (hidden, q_size))], 4, config.attention_bias)
+        yield TensorSpec(f"{layer}.post_attention_layernorm.weight", "f32", (hidden,))
         gate_up = [(f"{mlp}.gate_proj", (intermediate, hidden)), (f"{mlp}.up_proj", (intermediate, hidden))]
-        specs += _matrices(gate_up, 4, config.mlp_bias)
-        specs += _matrices([(f"{mlp}.down_proj", (hidden, intermediate))], 4, config.mlp_bias)
-    specs.append(TensorSpec("model.norm.weight", "f32", (hidden,)))
+        yield from _matrices(gate_up, 4, config.mlp_bias)
+        yield from _matrices([(f"{mlp}.down_proj", (hidden, intermediate))], 4, config.mlp_bias)
+    yield TensorSpec("model.norm.weight", "f32", (hidden,))
     if not config.tie_word_embeddings:
-        specs += _matrices([("lm_head", vocab)], lm_head_bits, bias=False)
-    return specs
+        yield from _matrices([("lm_head", vocab)], lm_head_bits, bias=False)
 
 
 def tensor_count(config: LlamaConfig, lm_head_bits: int) -> int:

@@ -139,7 +139,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = set()
         for key, _ in pairs:
             if key in seen:
-                raise _Refused(f"duplicate key {json.dumps(key)}", f'"{key}"')
+                raise _Refused(f"duplicate key {_short(json.dumps(key))}", f'"{key}"')
             seen.add(key)
     return value
 
@@ -163,7 +163,7 @@ def _constant(text: str) -> NoReturn:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _MAX_NUMBER_LENGTH else f"{text[:20]}... of {len(text)} digits"
+    return text if len(text) <= _MAX_NUMBER_LENGTH else f"{text[:20]}... ({len(text)} characters)"
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant)

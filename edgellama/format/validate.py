@@ -24,9 +24,11 @@ from .container import (
 from .fields import HASH128, Fields, show
 from .layout import GROUP_SIZE, LAYOUTS, ROW_BLOCK
 from .metadata import Metadata, Source, check_metadata, check_trailers, check_zero
-from .schema import LM_HEAD_BITS, TensorSpec, model_tensors, tensor_count
+from .schema import LM_HEAD_BITS, TensorSpec, iter_tensors, tensor_count
 
 SCHEME = "int4.g128"
+METHOD = re.compile(r"[a-z0-9][a-z0-9._+-]{0,63}")
+"""What `quantization.method` may look like; it is shown to people."""
 SUPPORTED_FEATURES: frozenset[str] = frozenset()
 """Values of `required_features` that this reader implements; format 1.0 has none."""
 
@@ -93,7 +95,8 @@ def _check_quantization(header: Fields) -> dict[str, Any]:
     quantization.expect("scheme", SCHEME)
     quantization.expect("group_size", GROUP_SIZE)
     quantization.expect("row_block", ROW_BLOCK)
-    quantization.string("method")
+    if not METHOD.fullmatch(quantization.string("method")):
+        quantization.fail(("method",), f"must match {METHOD.pattern}, got {show(quantization.get('method'))}")
     bits = quantization.integer("lm_head_bits")
     if bits not in LM_HEAD_BITS:
         quantization.fail(("lm_head_bits",), f"must be 4, 8 or 16, got {bits}")
@@ -121,7 +124,7 @@ def _check_tensors(
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}  # layers repeat the same few
     tensors: dict[str, TensorEntry] = {}
     end = 0  # of the last tensor, from the start of the data region
-    for i, spec in enumerate(model_tensors(config, lm_head_bits)):
+    for i, spec in enumerate(iter_tensors(config, lm_head_bits)):
         kind = (spec.layout, spec.shape)
         nbytes = sizes.get(kind) or sizes.setdefault(kind, LAYOUTS[spec.layout].nbytes(spec.shape))
         offset = align(end, TENSOR_ALIGNMENT)
