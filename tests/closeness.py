@@ -32,17 +32,21 @@ def greedy_agreement(expected: np.ndarray, logits: np.ndarray) -> float:
     return float((expected.argmax(axis=-1) == logits.argmax(axis=-1)).mean())
 
 
-def all_logits(backend: Any, tokens: np.ndarray, slot: int = 0) -> np.ndarray:
-    """float32 [T, vocab_size]: one sequence in one call."""
-    n = len(tokens)
-    return backend.forward(tokens, np.arange(n), np.full(n, slot), np.arange(n))
+def all_logits(backend: Any, tokens: np.ndarray) -> np.ndarray:
+    """float32 [T, vocab_size]: one sequence in one call, in slot 0."""
+    return _forward(backend, tokens, range(len(tokens)))
 
 
 def stepwise_logits(backend: Any, tokens: np.ndarray, prefill: int) -> np.ndarray:
     """float32 [T, vocab_size]: `prefill` tokens in one call, the rest one by one."""
     logits = [all_logits(backend, tokens[:prefill])]
-    logits += [backend.forward([tokens[i]], [i], [0], [0]) for i in range(prefill, len(tokens))]
+    logits += [_forward(backend, tokens[i : i + 1], [i]) for i in range(prefill, len(tokens))]
     return np.concatenate(logits)
+
+
+def _forward(backend: Any, tokens: np.ndarray, positions: Any) -> np.ndarray:
+    slots, rows = np.zeros(len(tokens), np.int32), np.arange(len(tokens), dtype=np.int32)
+    return backend.forward(np.asarray(tokens, np.int32), np.asarray(positions, np.int32), slots, rows)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
