@@ -68,7 +68,7 @@ def kill_at_random_moments(source, expected, folder, times, seed):
         else:
             assert not old
         for leftover in folder.glob(".*.tmp"):
-            if leftover.read_bytes() != expected["search"]:
+            if leftover.read_bytes() not in expected.values():  # a second link to the old file is whole
                 with pytest.raises(FormatError):
                     open_model(leftover).close()
     assert killed > times // 3  # the moments were not all too late to matter
