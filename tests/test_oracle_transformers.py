@@ -15,6 +15,7 @@ from closeness import (
     stepwise_logits,
 )
 
+from edgellama.backends.cpu import CpuBackend
 from edgellama.backends.reference import ReferenceBackend
 
 BASE = {
@@ -165,13 +166,12 @@ def test_reference_equals_transformers_on_a_real_model(minimind, tmp_path):
 
 @pytest.mark.models
 def test_cpu_is_close_to_reference_on_a_real_model(minimind):
-    cpu = pytest.importorskip("edgellama.backends.cpu")
     from edgellama.format import open_model
 
     path, tokens = minimind
     with open_model(path) as model_file:
         expected = all_logits(ReferenceBackend(model_file, n_ctx=len(tokens)), tokens)
-        backend = cpu.CpuBackend(model_file, n_ctx=len(tokens))
+        backend = CpuBackend(model_file, n_ctx=len(tokens))
         logits = stepwise_logits(backend, tokens, prefill=len(tokens) // 2)
         backend.close()
     assert kl_divergence(expected, logits) <= MAX_KL

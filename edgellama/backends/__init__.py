@@ -17,8 +17,10 @@ from edgellama.errors import ContextError
 class Backend(Protocol):
     """One loaded model on one device. Calls must not overlap; the caller serializes them.
 
-    >>> backend.forward(tokens=[1, 15043, 445], positions=[0, 1, 2], slots=[0, 0, 0], rows=[2])  # prefill, last logits
-    >>> backend.forward(tokens=[338, 263], positions=[3, 0], slots=[0, 1], rows=[0, 1])  # one token of two sequences
+    Prefill of three tokens for the last one's logits, then one token each of two sequences (lists stand for arrays):
+
+    >>> backend.forward(tokens=[1, 15043, 445], positions=[0, 1, 2], slots=[0, 0, 0], rows=[2])
+    >>> backend.forward(tokens=[338, 1], positions=[3, 0], slots=[0, 1], rows=[0, 1])
     """
 
     @property
@@ -29,13 +31,14 @@ class Backend(Protocol):
     def n_slots(self) -> int:
         """Sequences the cache holds."""
 
-    def forward(self, tokens: ArrayLike, positions: ArrayLike, slots: ArrayLike, rows: ArrayLike) -> np.ndarray:
+    def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Run a flat batch of tokens; return float32 [R, vocab_size], the logits after the tokens numbered in `rows`.
 
         Token t is `tokens[t]` at `positions[t]` of the sequence in `slots[t]` (all int32 [T]); its keys and values are
         written there, over whatever was there. It attends to every position of its slot up to its own, those written by
-        this call included: the caller sees to it that all of them have been written. Where RoPE depends on the
-        sequence's length, that is 1 + the slot's highest position in this call.
+        this call included: the caller sees to it that all of them have been written, and that every index is in range
+        (`check_batch` proves it). `rows` (int32 [R]) ascends. Where RoPE depends on the sequence's length, that is 1 +
+        the slot's highest position in this call.
         """
 
     def close(self) -> None:

@@ -32,8 +32,8 @@ class ReferenceBackend:
         self._file = model_file
         self._kept: dict[str, np.ndarray] | None = {} if _float32_bytes(model_file) <= KEEP_BYTES else None
         cache_shape = (config.num_hidden_layers, n_slots, n_ctx, config.num_key_value_heads, config.head_dim)
-        self._keys = np.zeros(cache_shape, np.float32)
-        self._values = np.zeros(cache_shape, np.float32)
+        self._keys: np.ndarray = np.zeros(cache_shape, np.float32)
+        self._values: np.ndarray = np.zeros(cache_shape, np.float32)
 
     def close(self) -> None:
         self._kept = None
