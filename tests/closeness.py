@@ -18,7 +18,7 @@ ORACLE_TOLERANCE = 1e-5
 MAX_KL = 0.003
 MIN_GREEDY_AGREEMENT = 0.97
 
-# Random logits are full of near ties, where a greedy choice is a coin toss. A divergence of d comes of an error of about
+# Random logits are full of near ties, where a greedy choice is a coin toss. A divergence of d comes of an error of some
 # sqrt(2 d) in each logit, which moves the difference of two by sqrt(2) as much: on random models a choice counts as
 # agreeing if the reference's own best leads it by less than two such errors. Real models get no such margin.
 TIE_MARGIN = 2 * math.sqrt(2) * math.sqrt(2 * MAX_KL)
@@ -36,7 +36,7 @@ def kl_divergence(expected: np.ndarray, logits: np.ndarray) -> float:
 
 
 def greedy_agreement(expected: np.ndarray, logits: np.ndarray, tie_margin: float = 0.0) -> float:
-    """Share of the positions whose most likely token is `expected`'s, or at most `tie_margin` (nats) behind it there."""
+    """Share of the positions whose most likely token is that of `expected`, or there within `tie_margin` nats of it."""
     chosen = np.take_along_axis(expected, logits.argmax(axis=-1)[:, None], axis=-1)[:, 0]
     return float((expected.max(axis=-1) - chosen <= tie_margin).mean())
 
