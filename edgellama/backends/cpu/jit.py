@@ -12,12 +12,14 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import numba
 import platformdirs
+from numba import types
 from numba.core import config
 
 
@@ -33,20 +35,51 @@ def cache_folder() -> Path:
 
 
 _OPTIONS = {"nopython": True, "nogil": True, "error_model": "numpy", "boundscheck": False}
-_CACHE_DIR = "CACHE_DIR"
-"""Numba's setting, read when a function is decorated; ours alone must move, not those of other packages."""
 
 kernel = functools.partial(numba.jit, **_OPTIONS)
 """Decorator of a function that is compiled into those which call it."""
 
 
+@contextmanager
+def _our_cache() -> Iterator[None]:
+    """Numba reads its setting when a function is decorated; ours alone must move, not other packages'."""
+    name = "CACHE_DIR"
+    before = getattr(config, name)
+    setattr(config, name, str(cache_folder()))
+    try:
+        yield
+    finally:
+        setattr(config, name, before)
+
+
 def entry_point(function: Callable) -> Callable:
     """Decorator of a kernel that Python calls: compiled code is cached on disk, with all that it calls."""
-    before = getattr(config, _CACHE_DIR)
     try:
-        setattr(config, _CACHE_DIR, str(cache_folder()))
-        return kernel(cache=True)(function)
+        with _our_cache():
+            return kernel(cache=True)(function)
     except (RuntimeError, OSError):  # Numba: "no locator available"
         return kernel(function)
-    finally:
-        setattr(config, _CACHE_DIR, before)
+
+
+class Native:
+    """Decorator of a kernel that other kernels call by its address: compiled and cached on its own, when first needed.
+
+    Its code is optimized once, not again in each caller, and only the variants that a model needs exist at all. All
+    arguments are int64.
+    """
+
+    def __init__(self, function: Callable):
+        self.py_func = function
+        functools.update_wrapper(self, function)
+
+    @functools.cached_property
+    def address(self) -> int:
+        """Where the machine code is; valid as long as the process."""
+        signature = types.void(*[types.int64] * self.py_func.__code__.co_argcount)
+        options = {key: value for key, value in _OPTIONS.items() if key != "nogil"}
+        try:
+            with _our_cache():
+                self._code = numba.cfunc(signature, cache=True, **options)(self.py_func)
+        except (RuntimeError, OSError):
+            self._code = numba.cfunc(signature, **options)(self.py_func)
+        return self._code.address

@@ -13,8 +13,8 @@ from ...format import ModelFile
 from ...kv_cache import KVCache, aligned_zeros
 from ...quant import padded_shape, round_up
 from . import attention, vector_ops
-from .matmul import TILE_TOKENS
 from .sync import LINE
+from .tiles import KERNELS, TILE_TOKENS
 
 
 def _record(**fields):
@@ -26,13 +26,13 @@ def _int64s(names: str):
 
 
 # A matrix: addresses (bias 0: none), and its size in row blocks and groups; bits 4, 8, 16 (or 0: see embed).
-MATRIX = _record(**_int64s("bits weights scales bias blocks groups"))
+MATRIX = _record(**_int64s("bits weights scales bias blocks groups kernel_one kernel_tile"))
 LAYER = _record(
     **_int64s("input_norm post_norm keys values"),
     **{name: MATRIX for name in ("q", "k", "v", "o", "gate", "up", "down")},
 )
 # Activations made ready for a matrix: see `matmul`. Pack i < n_threads is thread i's own, for one token.
-PACK = _record(**_int64s("tile codes scales sums values"))
+PACK = _record(**_int64s("tile parts codes scales sums values"))
 PLAN = _record(
     **_int64s("hidden_size intermediate_size n_layers n_heads n_kv_heads head_dim activation n_threads"),
     **_int64s("value_stride key_head_bytes value_head_bytes key_slot_bytes value_slot_bytes"),
@@ -65,11 +65,12 @@ _BITS = {"int4.g128": 4, "int8.g128": 8, "f16.r16": 16, "f16": vector_ops.ROW_MA
 class Plan:
     """Builds the records for one open model and owns every buffer behind their addresses."""
 
-    def __init__(self, file: ModelFile, cache: KVCache, n_threads: int, max_tokens: int):
+    def __init__(self, file: ModelFile, cache: KVCache, n_threads: int, max_tokens: int, parts: int):
         config = file.config
         self._file, self._cache = file, cache
         self._owned: list[np.ndarray] = []
-        self.max_tokens = round_up(max_tokens, TILE_TOKENS)
+        self.parts, self.tile_tokens = parts, TILE_TOKENS[parts]
+        self.max_tokens = round_up(max_tokens, self.tile_tokens)
         self.layers = np.zeros(config.num_hidden_layers, LAYER)
         self.packs = np.zeros(n_threads + 1, PACK)
         self.record = np.zeros(1, PLAN)
@@ -101,7 +102,9 @@ class Plan:
         n, k = padded_shape(*entry.shape)
         scales = file.address(f"{name}.scales") if quantized else 0
         bias = self._vector(f"{name}.bias", n) if f"{name}.bias" in file.tensors else 0
-        return _BITS[entry.layout], file.address(entry.name), scales, bias, n // 16, k // 128
+        bits = _BITS[entry.layout]
+        kernels = [k.address for k in KERNELS[bits, self.parts]] if bits else [0, 0]
+        return bits, file.address(entry.name), scales, bias, n // 16, k // 128, *kernels
 
     def _vector(self, name: str, length: int) -> int:
         """The address of a float32 vector of the file, copied and padded with zeros to `length`."""
@@ -140,10 +143,10 @@ class Plan:
         for name in ("x", "qkv", "attention", "mlp"):
             p[name] = self.zeros(tokens * int(p[f"{name}_stride"]))
 
-        # Each thread's scratch: bytes to quantize in, a normalized row, a tile of `up`, and attention's.
-        p["normed"] = 128
+        # Each thread's scratch: codes to quantize into, a normalized row, a tile of `up`, and attention's.
+        p["normed"] = 256
         p["up"] = int(p["normed"]) + 4 * hidden
-        p["attention_scratch"] = int(p["up"]) + 4 * TILE_TOKENS * UP_BLOCKS * 16
+        p["attention_scratch"] = int(p["up"]) + 4 * self.tile_tokens * UP_BLOCKS * 16
         p["scratch_stride"] = round_up(
             int(p["attention_scratch"]) + 64 + attention.scratch_bytes(self._cache.value_stride), LINE
         )
@@ -151,11 +154,10 @@ class Plan:
 
         head_is_f16 = int(p["head"]["bits"]) == 16
         for i, pack in enumerate(self.packs):
-            tile = 1 if i < n_threads else TILE_TOKENS
-            n = 1 if i < n_threads else tokens
-            groups = widest // 128
-            pack["tile"], pack["codes"] = tile, self.zeros(n * widest)
-            pack["scales"], pack["sums"] = self.zeros(4 * n * groups), self.zeros(4 * n * groups)
+            tile, n = (1, 1) if i < n_threads else (self.tile_tokens, tokens)
+            groups, parts = widest // 128, self.parts
+            pack["tile"], pack["parts"], pack["codes"] = tile, parts, self.zeros(n * widest * parts)
+            pack["scales"], pack["sums"] = self.zeros(4 * n * groups), self.zeros(4 * n * groups * parts)
             pack["values"] = self.zeros(4 * n * hidden) if head_is_f16 else 0
 
         counters = WORK_PER_LAYER * config.num_hidden_layers + WORK_PER_CALL

@@ -12,11 +12,11 @@ from numba import float32, int64
 
 from . import attention
 from .jit import entry_point, kernel
-from .matmul import TILE_TOKENS, chunk_blocks, multiply, multiply_three, multiply_tile
+from .matmul import chunk_blocks, multiply, multiply_three, multiply_tile
 from .plan import BARRIER, CANCEL, COUNTERS, DECISION, UP_BLOCKS, WORK_PER_LAYER
 from .simd import load_i32, load_i64, store_i64
 from .sync import LINE, atomic_load, atomic_store, barrier, fetch_add
-from .vector_ops import clear_token, embed, gate, pack_row, pack_row_f32, rms_norm, rotate, store_key, store_value
+from .vector_ops import embed, gate, pack_row, pack_row_f32, rms_norm, rotate, store_key, store_value
 
 QUERIES = attention.QUERIES
 ATTENTION_TOKENS = 16
@@ -34,7 +34,7 @@ def forward(plans, layers, packs, rank):
     p = plans[0]
     one = p.n_tokens == 1
     pack = packs[rank] if one else packs[p.n_threads]
-    tiles = int64(1) if one else (p.n_tokens + TILE_TOKENS - 1) // TILE_TOKENS
+    tiles = int64(1) if one else (p.n_tokens + pack.tile - 1) // pack.tile
     scratch = p.scratch + rank * p.scratch_stride
     words = p.control + BARRIER * LINE
     counter = p.control + COUNTERS * LINE
@@ -98,14 +98,11 @@ def pack_tokens(p, counter, pack, rows, stride, norm, groups, scratch):
         return
     while True:
         tile = fetch_add(counter, 1)
-        if tile * TILE_TOKENS >= p.n_tokens:
+        if tile * pack.tile >= p.n_tokens:
             break
-        for t in range(TILE_TOKENS):
-            token = tile * TILE_TOKENS + t
-            if token < p.n_tokens:
-                pack_one(p, pack, rows + token * stride, norm, groups, tile, t, scratch)
-            else:
-                clear_token(groups, pack, tile, t, False)
+        # What an unfilled tile multiplies besides is left over from before, and nobody reads the product.
+        for t in range(min(pack.tile, p.n_tokens - tile * pack.tile)):
+            pack_one(p, pack, rows + (tile * pack.tile + t) * stride, norm, groups, tile, t, scratch)
     barrier(p.control + BARRIER * LINE, p.n_threads)
 
 
@@ -235,17 +232,13 @@ def logits_of_rows(p, counter, packs, rank, scratch):
         index = int64(0) if one else fetch_add(counter, 1)
         if index >= tiles:
             break
-        for t in range(tile):
-            row = index * tile + t
-            if row < p.n_rows:
-                x = p.x + int64(load_i32(p.rows + 4 * row)) * p.x_stride
-                rms_norm(x, p.final_norm, p.hidden_size, groups * 128, p.eps, scratch + p.normed)
-                if is_f16:
-                    pack_row_f32(scratch + p.normed, groups, pack, index, t)
-                else:
-                    pack_row(scratch + p.normed, groups, pack, index, t, scratch)
+        for t in range(min(tile, p.n_rows - index * tile)):
+            x = p.x + int64(load_i32(p.rows + 4 * (index * tile + t))) * p.x_stride
+            rms_norm(x, p.final_norm, p.hidden_size, groups * 128, p.eps, scratch + p.normed)
+            if is_f16:
+                pack_row_f32(scratch + p.normed, groups, pack, index, t)
             else:
-                clear_token(groups, pack, index, t, is_f16)
+                pack_row(scratch + p.normed, groups, pack, index, t, scratch)
         if one:
             break
     barrier(p.control + BARRIER * LINE, p.n_threads)

@@ -432,6 +432,23 @@ def vadd_i32(b, x, y):
     return b.add(x, y)
 
 
+@vector_intrinsic(i32x16)
+def zero_i32(b):
+    return ir.Constant(V_I32, [0] * 16)
+
+
+@vector_intrinsic(i32x16, i32x16)
+def vhigh_part(b, q):
+    """q / 128 to nearest: the high part of a 15-bit code."""
+    return b.ashr(b.add(q, ir.Constant(V_I32, [64] * 16)), ir.Constant(V_I32, [7] * 16))
+
+
+@vector_intrinsic(i32x16, i32x16, i32x16)
+def vlow_part(b, q, high):
+    """q - 128 * high: -64..63."""
+    return b.sub(q, b.shl(high, ir.Constant(V_I32, [7] * 16)))
+
+
 @vector_intrinsic(types.void, ADDRESS, i32x16)
 def vstore_i8(b, a, v):
     """The low bytes of 16 lanes, to 16 bytes."""

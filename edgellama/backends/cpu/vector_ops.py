@@ -31,13 +31,17 @@ from .simd import (
     vdiv,
     vexp,
     vfma,
+    vhigh_part,
     vload,
+    vlow_part,
     vmax,
     vmul,
     vstore,
     vstore_i8,
     vsub,
+    zero_i32,
 )
+from .tiles import LOW_BITS
 
 SILU, GELU, GELU_TANH, RELU = 0, 1, 2, 3
 ROW_MAJOR_F16 = 0
@@ -85,28 +89,37 @@ def rms_norm(x, weight, n, padded, eps, out):
 
 @kernel
 def pack_row(x, groups, pack, index, t, scratch):
-    """Quantize a row into token `t` of tile `index`: q = rint(x * 127 / absmax), scale = absmax / 127.
+    """Quantize a row into token `t` of tile `index`: q = rint(x * top / absmax), scale = absmax / top.
 
-    `scratch`: 128 bytes. Kernel-readable layout: see `matmul`.
+    `top` is 127, or 127 * 128 for codes of two parts. `scratch`: 256 bytes. The layout: see `matmul`.
     """
-    tile = pack.tile
+    tile, parts = pack.tile, pack.parts
+    top = float32(127.0) if parts == 1 else float32(127.0 * (1 << LOW_BITS))
     for g in range(groups):
         at = (index * groups + g) * tile
-        top = splat(float32(0.0))
+        largest = splat(float32(0.0))
         for i in range(0, 128, 16):
-            top = vmax(vabs(vload(x + 4 * (g * 128 + i))), top)
-        absmax = hmax(top)
-        inverse = splat(float32(127.0) / absmax if absmax > float32(1e-30) else float32(0.0))
-        total = round_i32(splat(float32(0.0)))
+            largest = vmax(vabs(vload(x + 4 * (g * 128 + i))), largest)
+        absmax = hmax(largest)
+        inverse = splat(top / absmax if absmax > float32(1e-30) else float32(0.0))
+        store_f32(pack.scales + 4 * (at + t), absmax / top)
+        high_sum, low_sum = zero_i32(), zero_i32()
         for i in range(0, 128, 16):
-            q = round_i32(vmul(vload(x + 4 * (g * 128 + i)), inverse))
-            total = vadd_i32(total, q)
-            vstore_i8(scratch + i, q)
-        store_f32(pack.scales + 4 * (at + t), absmax / float32(127.0))
-        store_i32(pack.sums + 4 * (at + t), hsum_i32(total))
-        codes = pack.codes + at * 128 + 4 * t
-        for word in range(32):
-            store_i32(codes + word * tile * 4, load_i32(scratch + 4 * word))
+            high = round_i32(vmul(vload(x + 4 * (g * 128 + i)), inverse))
+            if parts == 2:
+                low = high
+                high = vhigh_part(low)
+                low = vlow_part(low, high)
+                low_sum = vadd_i32(low_sum, low)
+                vstore_i8(scratch + 128 + i, low)
+            high_sum = vadd_i32(high_sum, high)
+            vstore_i8(scratch + i, high)
+        for part in range(parts):
+            column = part * tile + t
+            store_i32(pack.sums + 4 * (at * parts + column), hsum_i32(high_sum if part == 0 else low_sum))
+            codes = pack.codes + at * parts * 128 + 4 * column
+            for word in range(32):
+                store_i32(codes + word * parts * tile * 4, load_i32(scratch + part * 128 + 4 * word))
 
 
 @kernel
@@ -116,22 +129,6 @@ def pack_row_f32(x, groups, pack, index, t):
     values = pack.values + 4 * (index * groups * 128 * tile + t)
     for i in range(groups * 128):
         store_f32(values + 4 * i * tile, load_f32(x + 4 * i))
-
-
-@kernel
-def clear_token(groups, pack, index, t, is_f16):
-    """Token `t` of tile `index` contributes zero: the last tile's empty places."""
-    tile = pack.tile
-    for g in range(groups):
-        at = (index * groups + g) * tile
-        if is_f16:
-            for i in range(128):
-                store_f32(pack.values + 4 * (at * 128 + i * tile + t), float32(0.0))
-        else:
-            store_f32(pack.scales + 4 * (at + t), float32(0.0))
-            store_i32(pack.sums + 4 * (at + t), int32(0))
-            for word in range(32):
-                store_i32(pack.codes + at * 128 + (word * tile + t) * 4, int32(0))
 
 
 @kernel

@@ -1,0 +1,239 @@
+"""The inner loops: blocks of 16 output rows times a tile of tokens, from the file's layout, in SIMD.
+
+Lane = output row, so nothing is summed across lanes. Every output element is computed in one order
+whatever the tile: the integer sum of a group (exact), one conversion, one fma for each group in turn.
+That is why any number of threads, tokens or chunks gives the same bits.
+
+Activations come as 8-bit codes; a *fine* pack has 15 bits, as a high and a low part (q = 128 * high + low)
+that are multiplied like two tokens and put together as integers. `matmul` says how a pack is laid out;
+this module does not know where packs and matrices come from.
+"""
+
+from __future__ import annotations
+
+from numba import types
+from numba.core import cgutils
+
+from .jit import Native
+from .simd import (
+    ADDRESS,
+    I32,
+    I64,
+    INT8_ZERO_IN_DOT,
+    V_F32,
+    V_I8,
+    V_I32,
+    emit_broadcast_f32,
+    emit_broadcast_i32,
+    emit_dot4,
+    emit_dot4_int8,
+    emit_fma,
+    emit_load,
+    emit_load_f16,
+    emit_nibbles,
+    emit_offset,
+    emit_splat,
+    emit_store,
+    ir,
+    vector_intrinsic,
+)
+from .target import TARGET
+
+TILE_TOKENS = {1: TARGET.tile_tokens, 2: TARGET.tile_tokens // 2}
+"""Tokens of a tile, by the parts of an activation."""
+LOW_BITS = 7
+"""Bits of the low part of a fine activation."""
+ARGUMENTS = 11
+"""All kernels: (weights, scales, bias or 0, codes or values, x_scales, x_sums, groups, out, out_stride, add, blocks).
+
+Addresses, but for groups, out_stride (bytes between tokens), add (1: add to what is in `out`), blocks (row blocks)."""
+
+
+def _cells(b, kind, tokens: int, blocks: int):
+    """Accumulators [block][token], zeroed; LLVM keeps them in registers."""
+    cells = [[cgutils.alloca_once(b, kind) for _ in range(tokens)] for _ in range(blocks)]
+    zero = ir.Constant(kind, [0] * 16 if kind is V_I32 else [0.0] * 16)
+    for row in cells:
+        for cell in row:
+            b.store(zero, cell)
+    return cells
+
+
+def _emit_over_blocks(b, blocks, step: int, emit_one_step):
+    """emit_one_step(first block, number of blocks) for all row blocks: `step` at a time, then one at a time."""
+    whole = b.mul(b.udiv(blocks, I64(step)), I64(step))
+    with cgutils.for_range_slice(b, I64(0), whole, I64(step), inc=True) as (first, _):
+        emit_one_step(first, step)
+    if step > 1:
+        with cgutils.for_range_slice(b, whole, blocks, I64(1), inc=True) as (first, _):
+            emit_one_step(first, 1)
+
+
+def _emit_epilogue(b, acc, bias, out, out_stride, add, first) -> None:
+    """out[token][row] = acc + bias, or += where `add` is not 0; rows from block `first` on."""
+    adds, biased = (b.icmp_signed("!=", flag, I64(0)) for flag in (add, bias))
+    for r, row in enumerate(acc):
+        with b.if_then(biased):
+            extra = emit_load(b, emit_offset(b, bias, (first, 64), 64 * r), V_F32, 4)
+            for cell in row:
+                b.store(b.fadd(b.load(cell), extra), cell)
+        for t, cell in enumerate(row):
+            address = emit_offset(b, out, (out_stride, t), (first, 64), 64 * r)
+            with b.if_then(adds):
+                b.store(b.fadd(b.load(cell), emit_load(b, address, V_F32, 4)), cell)
+            emit_store(b, b.load(cell), address, 4)
+
+
+def _int_tile(bits: int, parts: int, tokens: int, step: int):
+    """A kernel body for int4 or int8 weights and `tokens` tokens of `parts` parts, `step` row blocks at a time."""
+    zero = -8 if bits == 4 else INT8_ZERO_IN_DOT
+    lines = 16 if bits == 4 else 32
+    group_bytes = 64 * lines
+    dot = emit_dot4 if bits == 4 else emit_dot4_int8
+    columns = parts * tokens  # all high parts, then all low parts
+
+    def tile(b, weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
+        def one_step(first, count: int):
+            total = _cells(b, V_F32, tokens, count)
+            sums = [[cgutils.alloca_once(b, V_I32) for _ in range(columns)] for _ in range(count)]
+            first_group = b.mul(first, groups)
+            block_weights = [
+                emit_offset(b, weights, (first_group, group_bytes), (groups, group_bytes * r)) for r in range(count)
+            ]
+            block_scales = [emit_offset(b, scales, (first_group, 32), (groups, 32 * r)) for r in range(count)]
+            with cgutils.for_range(b, groups) as group_loop:
+                g = group_loop.index
+                group_sums = emit_offset(b, x_sums, (g, 4 * columns))
+                for c in range(columns):
+                    start = b.mul(emit_load(b, emit_offset(b, group_sums, 4 * c), I32, 4), I32(zero))
+                    for r in range(count):
+                        b.store(emit_splat(b, start), sums[r][c])
+                group_weights = [emit_offset(b, w, (g, group_bytes)) for w in block_weights]
+                group_codes = emit_offset(b, codes, (g, 128 * columns))
+                with cgutils.for_range(b, I64(lines)) as line_loop:
+                    line_codes = emit_offset(b, group_codes, (line_loop.index, 128 // lines * columns))
+                    for r in range(count):
+                        line = emit_load(b, emit_offset(b, group_weights[r], (line_loop.index, 64)), V_I8, 64)
+                        for half, w in enumerate(emit_nibbles(b, line) if bits == 4 else (line,)):
+                            for c in range(columns):
+                                x = emit_broadcast_i32(b, emit_offset(b, line_codes, 4 * columns * half + 4 * c))
+                                b.store(dot(b, b.load(sums[r][c]), w, b.bitcast(x, V_I8)), sums[r][c])
+                for r in range(count):
+                    scale = emit_load_f16(b, emit_offset(b, block_scales[r], (g, 32)))
+                    for t in range(tokens):
+                        x_scale = emit_broadcast_f32(b, emit_offset(b, x_scales, (g, 4 * tokens), 4 * t))
+                        exact = b.load(sums[r][t])
+                        if parts == 2:
+                            high = b.shl(exact, ir.Constant(V_I32, [LOW_BITS] * 16))
+                            exact = b.add(high, b.load(sums[r][tokens + t]))
+                        value = emit_fma(b, b.sitofp(exact, V_F32), b.fmul(scale, x_scale), b.load(total[r][t]))
+                        b.store(value, total[r][t])
+            _emit_epilogue(b, total, bias, out, out_stride, add, first)
+
+        _emit_over_blocks(b, blocks, step, one_step)
+
+    tile.__name__ = f"int{bits}_tile_{parts}x{tokens}"
+    return vector_intrinsic(types.void, *[ADDRESS] * ARGUMENTS)(tile)
+
+
+def _f16_tile(tokens: int):
+    """A kernel body for 16-bit weights (`f16.r16`) and float32 values.
+
+    Four partial sums (K is a multiple of 128), added in a fixed order, hide the latency of fma.
+    """
+    partial = 4
+
+    def tile(b, weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks):
+        def one_step(first, _count: int):
+            acc = _cells(b, V_F32, partial, tokens)
+            row_weights = emit_offset(b, weights, (b.mul(first, groups), 128 * 32))
+            with cgutils.for_range(b, b.mul(groups, I64(128 // partial))) as loop:
+                for p in range(partial):
+                    line = emit_load_f16(b, emit_offset(b, row_weights, (loop.index, 32 * partial), 32 * p))
+                    x = emit_offset(b, values, (loop.index, 4 * tokens * partial), 4 * tokens * p)
+                    for t in range(tokens):
+                        value = emit_broadcast_f32(b, emit_offset(b, x, 4 * t))
+                        b.store(emit_fma(b, line, value, b.load(acc[t][p])), acc[t][p])
+            for cells in acc:
+                s = [b.load(c) for c in cells]
+                b.store(b.fadd(b.fadd(s[0], s[1]), b.fadd(s[2], s[3])), cells[0])
+            _emit_epilogue(b, [[cells[0] for cells in acc]], bias, out, out_stride, add, first)
+
+        _emit_over_blocks(b, blocks, 1, one_step)
+
+    tile.__name__ = f"f16_tile_{tokens}"
+    return vector_intrinsic(types.void, *[ADDRESS] * ARGUMENTS)(tile)
+
+
+_COARSE, _FINE = TILE_TOKENS[1], TILE_TOKENS[2]
+_int4_one, _int4_tile = _int_tile(4, 1, 1, 1), _int_tile(4, 1, _COARSE, TARGET.tile_blocks)
+_int8_one, _int8_tile = _int_tile(8, 1, 1, 1), _int_tile(8, 1, _COARSE, TARGET.tile_blocks)
+_int4_fine_one, _int4_fine_tile = _int_tile(4, 2, 1, 1), _int_tile(4, 2, _FINE, TARGET.tile_blocks)
+_int8_fine_one, _int8_fine_tile = _int_tile(8, 2, 1, 1), _int_tile(8, 2, _FINE, TARGET.tile_blocks)
+_f16_one, _f16_tile_coarse, _f16_tile_fine = _f16_tile(1), _f16_tile(_COARSE), _f16_tile(_FINE)
+
+
+@Native
+def int4_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
+    _int4_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+
+
+@Native
+def int4_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
+    _int4_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+
+
+@Native
+def int4_fine_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
+    _int4_fine_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+
+
+@Native
+def int4_fine_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
+    _int4_fine_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+
+
+@Native
+def int8_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
+    _int8_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+
+
+@Native
+def int8_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
+    _int8_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+
+
+@Native
+def int8_fine_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
+    _int8_fine_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+
+
+@Native
+def int8_fine_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
+    _int8_fine_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+
+
+@Native
+def f16_one(weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks):
+    _f16_one(weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks)
+
+
+@Native
+def f16_tile(weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks):
+    _f16_tile_coarse(weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks)
+
+
+@Native
+def f16_fine_tile(weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks):
+    _f16_tile_fine(weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks)
+
+
+KERNELS = {
+    (4, 1): (int4_one, int4_tile),
+    (4, 2): (int4_fine_one, int4_fine_tile),
+    (8, 1): (int8_one, int8_tile),
+    (8, 2): (int8_fine_one, int8_fine_tile),
+    (16, 1): (f16_one, f16_tile),
+    (16, 2): (f16_one, f16_fine_tile),
+}
+"""(bits of the weights, parts of the activations) -> kernels for one token and for a tile."""
