@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from edgellama.errors import CancelledError
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -58,8 +60,7 @@ class Stream(Iterator[str]):
     """A running reply: iterate for its pieces of text, then (or at any time) read `.result`.
 
     A piece is never half a character. The model is busy until the stream is exhausted, closed or garbage;
-    `with llm.generate(..., stream=True) as stream:` closes it. `cancel()` ends it after the token in work,
-    from any thread.
+    `with llm.generate(..., stream=True) as stream:` closes it. `cancel()` ends it from any thread.
     """
 
     def __init__(
@@ -73,22 +74,25 @@ class Stream(Iterator[str]):
         eos_ids: frozenset[int],
         acquire: Callable[["Stream"], None],
         release: Callable[[], None],
+        abort: Callable[[], None],
         load_s: float,
         started: float,
     ):
         """`step(ids int32[T]) -> float32[vocab_size]` runs the model on ids and returns the last one's logits.
 
-        `acquire` and `release` bracket the model's use; `started` is `time.perf_counter()` at the call.
+        `acquire` and `release` bracket the model's use; `abort` makes a `step` that runs in another thread raise
+        CancelledError, if it can; `started` is `time.perf_counter()` at the call.
         """
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self._prompt_ids = list(prompt_ids)
         self._pieces: list[str] = []
-        self._cancelled = False
+        self.cancelled = False
+        self._computing = False
         self._load_s, self._started = load_s, started
         self._prefill_s = self._decode_s = 0.0
         self._ttft_s: float | None = None
-        self._acquire, self._release = acquire, release
+        self._acquire, self._release, self._abort = acquire, release, abort
         self._run = self._loop(step, sample, decoder, max_new_tokens, eos_ids)
 
     def _loop(
@@ -100,13 +104,12 @@ class Stream(Iterator[str]):
         eos_ids: frozenset[int],
     ) -> Generator[str, None, None]:
         self._acquire(self)
+        piece = ""
         try:
             begun = time.perf_counter()
-            logits = step(np.array(self._prompt_ids, np.int32))
+            logits = self._compute(step, self._prompt_ids)
             self._prefill_s = time.perf_counter() - begun
-            while True:
-                if self._cancelled:
-                    break
+            while logits is not None and not self.cancelled:
                 token_id = sample(logits)
                 self.token_ids.append(token_id)
                 piece = "" if token_id in eos_ids else decoder.push(token_id)
@@ -124,27 +127,41 @@ class Stream(Iterator[str]):
                     self._pieces.append(piece)
                     yield piece
                     piece = ""
-                if self._cancelled:
+                if self.cancelled:
                     break
                 begun = time.perf_counter()
-                logits = step(np.array([token_id], np.int32))
-            last = (piece if self.token_ids else "") + decoder.flush()
+                logits = self._compute(step, [token_id])
+            last = piece + decoder.flush()
             if last:
                 self._pieces.append(last)
                 yield last
         finally:
             self._release()
 
+    def _compute(self, step: Callable[[np.ndarray], np.ndarray], ids: list[int]) -> np.ndarray | None:
+        """The logits after `ids`; None when `cancel` came in between."""
+        self._computing = True
+        try:
+            return step(np.array(ids, np.int32))
+        except CancelledError:
+            if not self.cancelled:
+                raise
+            return None
+        finally:
+            self._computing = False
+
     def __next__(self) -> str:
         return next(self._run)
 
     def cancel(self) -> None:
-        """Ask the running loop to stop; the pieces until then stay valid."""
-        self._cancelled = True
+        """Ask the running loop to stop, a long prefill included; the pieces until then stay valid."""
+        self.cancelled = True
+        if self._computing:
+            self._abort()
 
     def close(self) -> None:
         """End the reply now and free the model for the next call. May be called twice."""
-        self._cancelled = True
+        self.cancel()
         # ValueError: another thread is inside the generator; it sees the flag and ends after its token.
         with contextlib.suppress(ValueError):
             self._run.close()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 import numpy as np
 
-from edgellama.errors import ConfigError, ContextError, DeviceError, EdgellamaError, TokenizerError
+from edgellama.errors import CancelledError, ConfigError, ContextError, DeviceError, EdgellamaError, TokenizerError
 from edgellama.generate import Generation, Stream
 from edgellama.memory import available_bytes
 from edgellama.paths import find_model
@@ -63,6 +63,8 @@ def load(
     file = open_model(path)
     try:
         n_ctx, notes = choose_n_ctx(file.config, n_ctx, file.size, available_bytes(), device)
+        if device != "reference" and not _kernels_are_compiled():
+            notes.append("the first run on a machine compiles its kernels, once: about half a minute")
         backend = _make_backend(device, file, n_ctx, n_threads)
     except BaseException:
         file.close()
@@ -117,6 +119,12 @@ def _make_backend(device: str, file: "ModelFile", n_ctx: int, n_threads: int | N
         return CpuBackend(file, n_ctx, n_threads=n_threads)
     except MemoryError:
         raise ContextError(f"not enough memory for a context of {n_ctx} tokens; ask for fewer with n_ctx") from None
+
+
+def _kernels_are_compiled() -> bool:
+    from edgellama.backends.cpu.jit import cache_folder
+
+    return cache_folder().is_dir()
 
 
 class Llama:
@@ -266,6 +274,7 @@ class Llama:
             eos_ids=self.eos_ids,
             acquire=self._begin_stream,
             release=self._release,
+            abort=getattr(self._backend, "cancel", lambda: None),
             load_s=self.load_s,
             started=started,
         )
@@ -311,7 +320,14 @@ class Llama:
         positions = np.arange(self.n_past, end, dtype=np.int32)
         slots = np.zeros(ids.size, np.int32)
         rows = np.arange(ids.size - keep, ids.size, dtype=np.int32)
-        logits = self._backend.forward(ids, positions, slots, rows)
+        try:
+            logits = self._backend.forward(ids, positions, slots, rows)
+        except CancelledError:
+            stream = self._stream() if self._stream else None
+            if stream is not None and stream.cancelled:
+                raise
+            # Meant for an earlier call that had ended just before: it must not hit this one.
+            logits = self._backend.forward(ids, positions, slots, rows)
         self.n_past = end
         return logits
 

@@ -5,12 +5,12 @@ Ids: 0 <s>, 1 </s>, 2.. the letters a..z, then 28 half a "é" (its first byte) a
 
 import codecs
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 
 from edgellama.config import LlamaConfig
+from edgellama.errors import CancelledError
 from edgellama.model import Llama
 
 VOCAB = 30
@@ -57,6 +57,7 @@ class FakeBackend:
         self.calls = []
         self.closed = False
         self._busy = threading.Lock()
+        self._cancelled = threading.Event()
 
     def forward(self, tokens, positions, slots, rows):
         assert self._busy.acquire(blocking=False), "two threads in one backend"
@@ -64,7 +65,10 @@ class FakeBackend:
             assert {each.dtype for each in (tokens, positions, slots, rows)} == {np.dtype(np.int32)}
             assert not self.closed
             self.calls.append((tokens.tolist(), positions.tolist(), slots.tolist(), rows.tolist()))
-            time.sleep(self.delay)
+            self._cancelled.wait(self.delay)
+            if self._cancelled.is_set():
+                self._cancelled.clear()
+                raise CancelledError("cancelled")
             logits = np.zeros((len(rows), VOCAB), np.float32)
             logits[np.arange(len(rows)), (tokens[rows] + 1) % VOCAB] = 10
             if self.script:
@@ -73,6 +77,9 @@ class FakeBackend:
             return logits
         finally:
             self._busy.release()
+
+    def cancel(self):
+        self._cancelled.set()
 
     def close(self):
         self.closed = True

@@ -90,6 +90,24 @@ def test_cancel_keeps_what_was_made():
     assert llm.generate("a", 1, temperature=0).text == "b"
 
 
+def test_cancel_from_another_thread_ends_a_long_prefill():
+    llm = fake_llama(delay=60)
+    stream = llm.generate("abc", 20, temperature=0, stream=True)
+    timer = threading.Timer(0.05, stream.cancel)
+    timer.start()
+    assert list(stream) == []
+    assert (stream.result.token_ids, stream.result.finish_reason) == ([], "cancelled")
+    assert llm.n_past == 0
+
+
+def test_a_cancel_that_came_too_late_does_not_hit_the_next_call():
+    llm = fake_llama()
+    llm.backend.cancel()
+    assert llm.forward([5]).argmax() == 6
+    llm.backend.cancel()
+    assert llm.generate("a", 2, temperature=0).text == "bc"
+
+
 def test_a_dropped_stream_frees_the_model():
     llm = fake_llama()
     for _ in llm.generate("a", 20, stream=True):

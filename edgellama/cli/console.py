@@ -8,7 +8,9 @@ import errno
 import json
 import os
 import re
+import shlex
 import sys
+from collections.abc import Callable
 from typing import IO, Any
 
 from edgellama.errors import EdgellamaError
@@ -31,10 +33,15 @@ def note(text: str = "") -> None:
         print(clean(text), file=sys.stderr, flush=True)
 
 
-def say(text: str, end: str = "\n") -> None:
-    """An answer to stdout, at once. Cleaned only for a terminal: a pipe gets the very text."""
-    sys.stdout.write((clean(text, keep="\n\t") if sys.stdout.isatty() else text) + end)
+def write(text: str) -> None:
+    """A piece of an answer to stdout, at once. Cleaned only for a terminal: a pipe gets the very text."""
+    sys.stdout.write(clean(text, keep="\n\t") if is_terminal(sys.stdout) else text)
     sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """A line of an answer to stdout."""
+    write(text + "\n")
 
 
 def say_json(value: Any) -> None:
@@ -92,6 +99,39 @@ def is_terminal(stream: IO[str]) -> bool:
         return False
 
 
+class WordWrap:
+    """Writes streamed text so that no word is broken at the terminal's edge; a word appears once it is complete.
+
+    >>> wrap = WordWrap(print_piece, width=10)      # "Once upon", "a time" on two lines
+    """
+
+    def __init__(self, write: Callable[[str], None], width: int):
+        self._write, self._width = write, width
+        self._column = 0
+        self._word = ""  # with the space before it
+
+    def push(self, text: str) -> None:
+        for character in text:
+            if character in " \n":
+                self.flush()
+            if character == "\n":
+                self._write("\n")
+                self._column = 0
+            else:
+                self._word += character
+
+    def flush(self) -> None:
+        """Write the word in hand."""
+        if self._column and self._column + len(self._word) > self._width:
+            self._word = self._word.lstrip(" ")
+            self._write("\n")
+            self._column = 0
+        self._column += len(self._word)
+        if self._word:
+            self._write(self._word)
+        self._word = ""
+
+
 def size(n_bytes: float) -> str:
     """
     >>> size(13_476_925_163), size(999), size(2_500_000)
@@ -125,6 +165,16 @@ def seconds(value: float) -> str:
     if value < 60:
         return f"{value:.1f} s"
     return f"{value // 60:.0f} min {value % 60:.0f} s"
+
+
+def shell_path(path: str | os.PathLike[str]) -> str:
+    """`path` as a shell takes it back, with ~ for the home folder where the shell knows it."""
+    text, home = os.fspath(path), os.path.expanduser("~")
+    if os.name == "nt":
+        return f'"{text}"' if " " in text else text
+    if len(home) > 1 and text.startswith(home + os.sep):
+        return "~/" + shlex.quote(text[len(home) + 1 :])
+    return shlex.quote(text)
 
 
 def table(rows: list[tuple[str, str]]) -> str:

@@ -63,19 +63,20 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         for line in summary(report):
             console.note(line)
-        console.note(f'next: edgellama generate {report.out} -p "Once upon a time"')
     return 0
 
 
 def summary(report) -> list[str]:
-    """What was read, what was written, how good and how fast; for people."""
+    """What was written, how good and how fast; each line fits 80 columns with names of the usual length."""
     name, error = report.worst_tensor
+    memory = f"; peak memory {console.size(report.peak_rss)}" if report.peak_rss else ""
     return [
-        f"{console.size(report.source_bytes)} -> {console.size(report.file_bytes)}, "
-        f"{console.count(report.weights)} weights, "
-        f"{report.bits_per_weight:.2f} bits per weight ({report.linear_bits_per_weight:.2f} in the linear layers)",
-        f"largest error {error:.1%} (relative rms) in {name}",
-        f"{console.seconds(report.seconds)}, {console.count(report.weights_per_second)} weights/s"
-        + (f", peak memory {console.size(report.peak_rss)}" if report.peak_rss else ""),
-        *(f"warning: {warning}" for warning in report.warnings),
+        f"size   {console.size(report.source_bytes)} -> {console.size(report.file_bytes)}, "
+        f"{console.count(report.weights)} weights",
+        f"bits   {report.bits_per_weight:.2f} per weight; {report.linear_bits_per_weight:.2f} in the layers' matrices, "
+        f"{report.lm_head_bits} in the output layer",
+        f"error  at most {error:.1%} (relative rms), {name.removesuffix('.weight')}",
+        f"time   {console.seconds(report.seconds)}, {console.count(report.weights_per_second)} weights/s{memory}",
+        *(f"note   {warning}" for warning in report.warnings),
+        f'next   edgellama generate {console.shell_path(report.out)} -p "Once upon a time"',
     ]

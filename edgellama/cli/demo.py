@@ -1,12 +1,15 @@
 """`edgellama demo`: convert the small model that ships with the package and let it tell a story."""
 
 import argparse
-import os
+import shutil
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from edgellama.cli import console, options
 from edgellama.cli.reply import stream_reply
+from edgellama.demo import PROMPTS, checkpoint_dir
 
 _DESCRIPTION = "Convert the small model that ships with edgellama, and let it tell a story."
 _EPILOG = """\
@@ -15,7 +18,6 @@ examples: edgellama demo
 
 Needs no network. The file is written to the user's cache folder (EDGELLAMA_HOME
 moves it; -o names another place)."""
-_PROMPT = "Once upon a time"
 _MAX_NEW_TOKENS = 120  # about ten lines of 80 characters: the demo fits one screen
 _SEED = 7
 
@@ -24,7 +26,9 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "demo", help="try it: no network, no model needed", description=_DESCRIPTION, epilog=_EPILOG
     )
-    parser.add_argument("-p", "--prompt", default=_PROMPT, metavar="TEXT", help=f'default: "{_PROMPT}"; - reads stdin')
+    parser.add_argument(
+        "-p", "--prompt", default=PROMPTS[0], metavar="TEXT", help=f'default: "{PROMPTS[0]}"; - reads stdin'
+    )
     options.add_sampling(parser, f"default: {_MAX_NEW_TOKENS}")
     options.add_runtime(parser)
     parser.add_argument("-o", "--out", metavar="OUT", help="where to write the .edgellama file")
@@ -36,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
     prompt = options.read_prompt(args.prompt)
     from edgellama_convert import convert
 
-    from edgellama.demo import checkpoint_dir
     from edgellama.model import load
     from edgellama.paths import cache_dir
 
@@ -45,27 +48,39 @@ def run(args: argparse.Namespace) -> int:
     source = Path(checkpoint_dir())
     report = convert(source, out, offline=True)
     console.note(
-        f"read   {_short(source)}: a Llama of {console.count(report.weights)} weights, "
+        f"read   {console.shell_path(source)}: a Llama of {console.count(report.weights)} weights, "
         f"{console.size(report.source_bytes)}"
     )
     console.note(
-        f"wrote  {_short(report.out)}: {console.size(report.file_bytes)}, "
+        f"wrote  {console.shell_path(report.out)}: {console.size(report.file_bytes)}, "
         f"{report.bits_per_weight:.2f} bits per weight, in {console.seconds(report.seconds)}"
     )
     begun = time.perf_counter()
     with load(out, device=args.device, n_ctx=args.ctx, n_threads=args.threads) as llm:
         stream = llm.generate(prompt, args.max_new_tokens or _MAX_NEW_TOKENS, **sampling, stream=True)
+        for remark in llm.notes:
+            console.note(f"note   {remark}")
         console.note()
-        console.say(prompt, end="")
-        code = stream_reply(stream)
+        push, flush = _writer()
+        push(prompt)
+        code = stream_reply(stream, push)
+        flush()
         console.say("")
         result = stream.result
     spent = time.perf_counter() - begun
     console.note()
     console.note(_speed(result, spent, args.device))
-    console.note(f'next   edgellama generate {_short(report.out)} -p "The little dog" -n 60')
+    console.note(f'next   edgellama generate {console.shell_path(report.out)} -p "{PROMPTS[2]}"')
     console.note("       edgellama convert meta-llama/Llama-2-7b-hf     (or a local folder; any Llama)")
     return code
+
+
+def _writer() -> tuple[Callable[[str], None], Callable[[], None]]:
+    """How the story is written, piece by piece and at its end: words unbroken on a terminal, as it is elsewhere."""
+    if not console.is_terminal(sys.stdout):
+        return console.write, lambda: None
+    wrap = console.WordWrap(console.write, shutil.get_terminal_size().columns)
+    return wrap.push, wrap.flush
 
 
 def _speed(result, spent: float, device: str) -> str:
@@ -73,11 +88,3 @@ def _speed(result, spent: float, device: str) -> str:
     rate = f"{timings.decode_tps:.0f} tokens/s, " if timings.decode_tps else ""
     first = f"first one after {console.seconds(timings.ttft_s)}, " if timings.ttft_s is not None else ""
     return f"speed  {len(result.token_ids)} tokens: {rate}{first}{console.seconds(spent)} in all ({device})"
-
-
-def _short(path: Path) -> str:
-    """`path` as a shell on this system takes it, with ~ for the home folder where that is shorter."""
-    text, home = str(path), os.path.expanduser("~")
-    if os.name != "nt" and len(home) > 1 and text.startswith(home + os.sep) and " " not in text:
-        return "~" + text[len(home) :]
-    return f'"{text}"' if " " in text else text

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             for remark in llm.notes:
                 console.note(f"note: {remark}")
         stream = llm.generate(prompt, args.max_new_tokens, **sampling, stream=True)
-        code = stream_reply(stream, silent=args.json)
+        code = stream_reply(stream, _ignore if args.json else console.write)
         result = stream.result
         room = llm.n_ctx - len(result.prompt_token_ids)
     if args.json:
@@ -45,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
         console.say("")
     if code:
         console.note(f"edgellama: interrupted after {len(result.token_ids)} tokens")
-    elif not args.quiet:
+    elif not (args.quiet or args.json):
         console.note(summary(result, context_full=len(result.token_ids) == room))
     return code
+
+
+def _ignore(_: str) -> None:
+    """With --json the text comes at the end, within the object."""

@@ -45,7 +45,7 @@ def describe(file) -> dict[str, Any]:
         "architecture": "LlamaForCausalLM",
         "parameters": params,
         "size_bytes": file.size,
-        "bits_per_weight": round(8 * sum(entry.nbytes for entry in file.tensors.values()) / params, 3),
+        "bits_per_weight": round(8 * file.size / params, 3),
         "quantization": dict(file.quantization),
         "lm_head_bits": file.lm_head_bits,
         "layers": config.num_hidden_layers,
@@ -101,19 +101,15 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"({console.size(1024 * facts['kv_bytes_per_token'])} per 1024)",
         ),
     ]
-    rows += [("source" if key == "source" else key, _plain(value)) for key, value in provenance.items()]
+    rows += [(key, _plain(value)) for key, value in provenance.items() if value and not isinstance(value, dict)]
     rows += [("note", note) for note in facts["notes"]]
     return rows
 
 
-def _plain(value: object, limit: int = 100) -> str:
-    if isinstance(value, dict):
-        text = f"{len(value)} entries"
-    elif isinstance(value, list | tuple):
-        text = f"{len(value)} entries" if len(value) > 4 else ", ".join(str(each) for each in value)
-    else:
-        text = str(value)
-    text = " ".join(text.split())
+def _plain(value: object, limit: int = 68) -> str:
+    if isinstance(value, list | tuple):
+        value = f"{len(value)} entries" if len(value) > 4 else ", ".join(str(each) for each in value)
+    text = " ".join(str(value).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

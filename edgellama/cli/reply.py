@@ -2,8 +2,9 @@
 
 import contextlib
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from edgellama.cli import console
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
     from edgellama.generate import Generation, Stream
 
 
-def stream_reply(stream: "Stream", *, silent: bool = False) -> int:
-    """Print the pieces as they come; returns 0, or 130 when Ctrl-C ended the reply.
+def stream_reply(stream: "Stream", write: Callable[[str], None]) -> int:
+    """`write` the pieces as they come; returns 0, or 130 when Ctrl-C ended the reply.
 
     Ctrl-C lets the token in work finish, so the result is whole. Before the first token, or pressed twice, it is
     a KeyboardInterrupt as usual.
@@ -27,23 +28,36 @@ def stream_reply(stream: "Stream", *, silent: bool = False) -> int:
         interrupted = True
         stream.cancel()
 
-    with _interrupt_handler(on_interrupt):
+    with _on_interrupt(on_interrupt, stream):
         for piece in stream:
-            if not silent:
-                console.say(piece, end="")
+            write(piece)
     return 130 if interrupted else 0
 
 
 @contextlib.contextmanager
-def _interrupt_handler(handler) -> Iterator[None]:
+def _on_interrupt(handler: Callable[..., None], stream: "Stream") -> Iterator[None]:
+    """`handler` for SIGINT. Python runs it between bytecodes only, so a thread that the signal wakes at once
+    cancels what the compiled code computes: a long prompt must not delay Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers, and only it is interrupted
         return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        while number := reader.recv(1):
+            if number[0] == signal.SIGINT:
+                stream.cancel()
+
+    threading.Thread(target=watch, daemon=True).start()
+    before_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(before_fd)
+        writer.close()  # ends the thread
 
 
 def summary(result: "Generation", *, context_full: bool = False) -> str:
@@ -52,14 +66,14 @@ def summary(result: "Generation", *, context_full: bool = False) -> str:
     A rate is only told where there is something to measure.
     """
     timings = result.timings
-    parts = [
-        f"prompt {len(result.prompt_token_ids)} tokens in {console.seconds(timings.prefill_s)}",
-        f"{len(result.token_ids)} new tokens"
-        + (f" at {timings.decode_tps:.1f}/s" if timings.decode_tps is not None else ""),
-        f"model opened in {console.seconds(timings.load_s)}",
-    ]
+    new = f"{len(result.token_ids)} new"
+    if timings.decode_tps is not None:
+        new += f" at {timings.decode_tps:.1f}/s"
     if result.finish_reason == "stop":
-        parts.append("the text ended")
+        end = "the text ended"
     else:
-        parts.append("the context is full" if context_full else "stopped at -n")
-    return "[" + "; ".join(parts) + "]"
+        end = "the context is full" if context_full else "stopped by -n"
+    return (
+        f"[{len(result.prompt_token_ids)} prompt tokens in {console.seconds(timings.prefill_s)}; {new}; "
+        f"opened in {console.seconds(timings.load_s)}; {end}]"
+    )
