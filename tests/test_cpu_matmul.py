@@ -14,6 +14,7 @@ from edgellama import quant
 from edgellama.backends.cpu import matmul
 from edgellama.backends.cpu.jit import kernel
 from edgellama.backends.cpu.plan import MATRIX, PACK
+from edgellama.backends.cpu.tiles import KERNELS, TILE_TOKENS
 from edgellama.backends.cpu.vector_ops import pack_row, pack_row_f32
 from edgellama.kv_cache import aligned_zeros
 
@@ -37,9 +38,9 @@ def run_multiply(counter, matrix, pack, tiles, out, stride, add):
 class Product:
     """One matrix of random codes, its activations, and the buffers that a kernel wants."""
 
-    def __init__(self, bits: int, shape: tuple[int, int], tokens: int, seed: int = 0):
+    def __init__(self, bits: int, shape: tuple[int, int], tokens: int, parts: int = 1, seed: int = 0):
         rng = np.random.default_rng(seed)
-        self.bits, self.shape, self.tokens = bits, shape, tokens
+        self.bits, self.shape, self.tokens, self.parts = bits, shape, tokens, parts
         self.n, self.k = quant.padded_shape(*shape)
         self.codes = rng.integers(0, 256 if bits == 8 else 16, shape, dtype=np.uint8)
         self.scales = rng.standard_normal((shape[0], self.k // 128)).astype(np.float16)
@@ -57,34 +58,34 @@ class Product:
         m = np.zeros(1, MATRIX)
         m["bits"], m["weights"], m["scales"] = self.bits, self.weights.ctypes.data, self.packed_scales.ctypes.data
         m["bias"], m["blocks"], m["groups"] = self.bias.ctypes.data if bias else 0, self.n // 16, self.k // 128
+        m["kernel_one"], m["kernel_tile"] = (k.address for k in KERNELS[self.bits, self.parts])
         return m
 
     def run(self, tile: int, bias: bool = False, add: np.ndarray | None = None) -> np.ndarray:
-        """float32 [tokens, out_features] by the kernels, tokens in tiles of `tile` (1 or TILE_TOKENS)."""
+        """float32 [tokens, out_features] by the kernels, tokens in tiles of `tile` (1 or TILE_TOKENS[parts])."""
         tiles = -(-self.tokens // tile)
         rows, groups = tiles * tile, self.k // 128
-        self.pack_codes = np.zeros(rows * self.k, np.int8)
-        self.pack_scales = np.zeros(rows * groups, np.float32)
-        pack_sums, values = np.zeros(rows * groups, np.int32), np.zeros(rows * self.k, np.float32)
-        pack, scratch = np.zeros(1, PACK), np.zeros(128, np.uint8)
-        pack["tile"], pack["codes"], pack["scales"] = tile, self.pack_codes.ctypes.data, self.pack_scales.ctypes.data
-        pack["sums"], pack["values"] = pack_sums.ctypes.data, values.ctypes.data if self.bits == 16 else 0
+        codes, sums = np.zeros(rows * self.k * self.parts, np.int8), np.zeros(rows * groups * self.parts, np.int32)
+        scales, values = np.zeros(rows * groups, np.float32), np.zeros(rows * self.k, np.float32)
+        pack, scratch = np.zeros(1, PACK), np.zeros(256, np.uint8)
+        pack["tile"], pack["parts"], pack["codes"] = tile, self.parts, codes.ctypes.data
+        pack["scales"], pack["sums"] = scales.ctypes.data, sums.ctypes.data
+        pack["values"] = values.ctypes.data if self.bits == 16 else 0
         run_pack(self.x.ctypes.data, groups, pack, self.tokens, scratch.ctypes.data)
         out = np.zeros((rows, self.n), np.float32)
         if add is not None:
             out[: self.tokens, : self.shape[0]] = add
-        counter = np.zeros(1, np.int64)
-        matrix = self.matrix(bias)
-        run_multiply(counter.ctypes.data, matrix, pack, tiles, out.ctypes.data, out.strides[0], 0 if add is None else 1)
+        counter, matrix, adds = np.zeros(1, np.int64), self.matrix(bias), 0 if add is None else 1
+        run_multiply(counter.ctypes.data, matrix, pack, tiles, out.ctypes.data, out.strides[0], adds)
         assert (out[: self.tokens, self.shape[0] :] == 0).all(), "rows that pad must give zero"
         return out[: self.tokens, : self.shape[0]]
 
     def quantized_x(self) -> tuple[np.ndarray, np.ndarray]:
         """Activations as the kernels must quantize them: codes [tokens, groups, 128], scales [tokens, groups]."""
         x = self.x.reshape(self.tokens, -1, 128)
-        top = np.abs(x).max(axis=2)
-        inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 1e-30)
-        return np.rint(x * inverse[:, :, None]).astype(np.int64), top / np.float32(127)
+        absmax, top = np.abs(x).max(axis=2), np.float32(127 if self.parts == 1 else 127 * 128)
+        inverse = np.divide(top, absmax, out=np.zeros_like(absmax), where=absmax > 1e-30)
+        return np.rint(x * inverse[:, :, None]).astype(np.int64), absmax / top
 
     def terms(self) -> np.ndarray:
         """The terms that a kernel adds in float32, in float64: [tokens, out, groups], or inputs for 16 bits."""
@@ -103,27 +104,34 @@ class Product:
         assert (np.abs(got - terms.sum(axis=2)) <= tolerance).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+kinds = pytest.mark.parametrize("parts", [1, 2])
+all_bits = pytest.mark.parametrize("bits", [4, 8, 16])
+
+
+@kinds
+@all_bits
 @pytest.mark.parametrize("shape", SHAPES)
-def test_product_is_right(bits, shape):
-    product = Product(bits, shape, tokens=matmul.TILE_TOKENS + 2)
-    for tile in (1, matmul.TILE_TOKENS):
+def test_product_is_right(bits, shape, parts):
+    product = Product(bits, shape, TILE_TOKENS[parts] + 2, parts)
+    for tile in (1, TILE_TOKENS[parts]):
         product.check(product.run(tile))
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@kinds
+@all_bits
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_tile_gives_the_same_bits(bits, shape):
-    product = Product(bits, shape, tokens=2 * matmul.TILE_TOKENS + 1)
+def test_every_tile_gives_the_same_bits(bits, shape, parts):
+    product = Product(bits, shape, 2 * TILE_TOKENS[parts] + 1, parts)
     add = np.random.default_rng(5).standard_normal((product.tokens, shape[0])).astype(np.float32)
-    one, many = (product.run(tile, bias=True, add=add) for tile in (1, matmul.TILE_TOKENS))
+    one, many = (product.run(tile, bias=True, add=add) for tile in (1, TILE_TOKENS[parts]))
     assert (one == many).all()
 
 
+@kinds
 @pytest.mark.parametrize("bits", [4, 8])
-def test_one_group_is_exact(bits):
+def test_one_group_is_exact(bits, parts):
     """With one group there is one multiplication and one fma from zero: every bit is known."""
-    product = Product(bits, (33, 100), tokens=3)
+    product = Product(bits, (33, 100), 3, parts)
     q, xs = product.quantized_x()
     w = product.codes.astype(np.int64) - quant.ZERO_POINT[bits]
     sums = (q[:, 0, :100] @ w.T).astype(np.float32)
@@ -132,10 +140,11 @@ def test_one_group_is_exact(bits):
     assert (product.run(1, bias=True) == expected + product.bias[:33]).all()
 
 
+@kinds
 @pytest.mark.parametrize("bits", [4, 8])
-def test_extreme_codes_do_not_saturate(bits):
+def test_extreme_codes_do_not_saturate(bits, parts):
     """The largest products of every sign: AVX2's pairs of products go through a saturating int16."""
-    product = Product(bits, (16, 128), tokens=2)
+    product = Product(bits, (16, 128), 2, parts)
     product.x[0], product.x[1] = 1.0, -1.0
     for code in (0, 2**bits - 1):
         product.codes[:] = code
@@ -147,10 +156,10 @@ def test_extreme_codes_do_not_saturate(bits):
 def digest() -> str:
     """A hash over products of all kinds; equal on every target."""
     state = hashlib.sha256()
-    for bits in (4, 8):
+    for bits, parts in ((4, 1), (4, 2), (8, 1), (8, 2), (16, 1)):
         for shape in SHAPES:
-            state.update(Product(bits, shape, tokens=5).run(1, bias=True).tobytes())
-            state.update(Product(bits, shape, tokens=7).run(matmul.TILE_TOKENS).tobytes())
+            state.update(Product(bits, shape, 5, parts).run(1, bias=True).tobytes())
+            state.update(Product(bits, shape, 7, parts).run(TILE_TOKENS[parts]).tobytes())
     return state.hexdigest()
 
 
