@@ -83,6 +83,9 @@ class _Hub:
         return Source(folder, self.repo, commit)
 
     def _snapshot(self, patterns: list[str], revision: str | None) -> Path:
+        log = self.library.logging
+        verbosity = log.get_verbosity()
+        log.set_verbosity_error()  # its warnings about every retry would bury our one line
         try:
             return Path(
                 self.library.snapshot_download(
@@ -96,6 +99,8 @@ class _Hub:
         except Exception as error:
             # Everything: over its versions the library lets errors of three HTTP libraries through.
             self._refuse(error)
+        finally:
+            log.set_verbosity(verbosity)
 
     def _incomplete(self, folder: Path, missing: list[str]) -> NoReturn:
         """The snapshot lacks files: not downloaded yet, or not in the repository at all."""
