@@ -278,7 +278,7 @@ CHANGES: list[tuple[str, Change, str]] = [
     ("shape-overflow", _set("tensors.3.shape", [2**32, 2**32]), "header.tensors[3].shape"),
     ("shape-float", _set("tensors.3.shape.0", float), "header.tensors[3].shape"),
     ("shape-nested", _set("tensors.3.shape.0", [[1]]), "header.tensors[3].shape"),
-    ("shape-transposed", _set("tensors.9.shape", lambda s: s[::-1] + [1]), "header.tensors[9].shape"),
+    ("shape-transposed", _set("tensors.9.shape", lambda s: [*s[::-1], 1]), "header.tensors[9].shape"),
     ("shape-rank", _set("tensors.3.shape", lambda s: s[:1]), "header.tensors[3].shape"),
     ("shape-missing", _set("tensors.3.shape", DELETE), "header.tensors[3]"),
     ("offset-first", _set("tensors.0.offset", 64), "header.tensors[0].offset"),

@@ -17,7 +17,7 @@ from edgellama.format import open_model
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process; 0 where the system does not say. (`ru_maxrss` has the parent's peak in it.)"""
+    """Peak resident memory of this process; 0 where the system does not say (`ru_maxrss` includes the parent)."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
