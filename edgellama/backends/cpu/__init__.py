@@ -9,6 +9,7 @@ from ...format import ModelFile
 from ...kv_cache import KVCache
 from ...quant import round_up
 from ...rope import cos_sin
+from .. import check_batch
 from .plan import CANCEL, Plan
 from .program import forward
 from .sync import LINE
@@ -57,15 +58,14 @@ class CpuBackend:
             self._record[name] = getattr(self, f"_{name}").ctypes.data
 
     def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Logits float32 [R, vocab_size] of `rows` (ascending indices into the T tokens); fills the cache.
-
-        Arguments are the caller's to check: ids within the vocabulary, positions within n_ctx.
-        """
-        vocab_size = self.config.vocab_size
-        padded = round_up(vocab_size, 16)
+        """See `Backend.forward`. CancelledError if another thread called `cancel`."""
+        tokens, positions, slots, rows = check_batch(
+            tokens, positions, slots, rows, vocab_size=self.config.vocab_size, backend=self
+        )
         lengths = np.zeros(self.n_slots, np.int64)
-        np.maximum.at(lengths, slots, np.asarray(positions, np.int64) + 1)
-        # Whole token tiles are stored, so the last one needs room beyond the rows.
+        np.maximum.at(lengths, slots, positions + 1)
+        # Whole row blocks and token tiles are stored, so the last ones need room.
+        padded = round_up(self.config.vocab_size, 16)
         logits = np.empty((len(rows) + self._plan.tile_tokens, padded), np.float32)
         done = 0
         for start in range(0, len(tokens), self._chunk):
@@ -74,7 +74,7 @@ class CpuBackend:
             self._load(tokens[part], positions[part], slots[part], rows[done:upto] - start, lengths)
             self._run(logits[done:])
             done = upto
-        return logits[: len(rows), :vocab_size]
+        return logits[: len(rows), : self.config.vocab_size]
 
     def _load(self, tokens, positions, slots, rows, lengths) -> None:
         """Put one chunk's inputs where the program looks for them."""
