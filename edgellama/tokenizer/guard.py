@@ -41,7 +41,7 @@ def refusing(problem: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_panics() -> Iterator[None]:
-    """Holds back what native code writes to stderr; it is passed on afterwards unless a panic ended the block.
+    """Holds back what native code writes to stderr; it is passed on afterwards unless an exception ended the block.
 
     Only for the short time of loading: the redirection is the process's. Where there is no descriptor 2, does nothing.
     """
@@ -51,18 +51,16 @@ def quiet_panics() -> Iterator[None]:
         except OSError:
             yield
             return
-        panicked = False
+        failed = True
         with tempfile.TemporaryFile() as held:
             os.dup2(held.fileno(), _STDERR)
             try:
                 yield
-            except BaseException as error:
-                panicked = _is_panic(error)
-                raise
+                failed = False
             finally:
                 os.dup2(saved, _STDERR)
                 os.close(saved)
                 held.seek(0)
-                text = b"" if panicked else held.read()
+                text = b"" if failed else held.read()
                 if text:
                     os.write(_STDERR, text)

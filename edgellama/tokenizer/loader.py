@@ -23,6 +23,7 @@ from edgellama.errors import TokenizerError
 from edgellama.tokenizer import rebuild
 from edgellama.tokenizer.core import Tokenizer
 from edgellama.tokenizer.guard import quiet_panics, refusing
+from edgellama.tokenizer.screening import check_before_parsing, check_growth
 from edgellama.tokenizer.sentencepiece_model import read_spm_model
 from edgellama.tokenizer.settings import Settings, added_token_fields, checked_bytes, parse_json_object, read_settings
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from edgellama.config import LlamaConfig
 
-_MAX_GROWTH = 4096
 _PROBE = "a \u00e9\n1"  # enough to run every part of a pipeline once
 
 
@@ -63,6 +63,7 @@ def load_tokenizer(files: Mapping[str, bytes], config: "LlamaConfig | None" = No
 def _from_json(data: bytes, files: Mapping[str, bytes], config: "LlamaConfig | None") -> Tokenizer:
     import tokenizers
 
+    check_before_parsing(data)
     backend = tokenizers.Tokenizer.from_buffer(data)
     settings = read_settings(files, _json_added_tokens(backend))
     name = _class_name(settings, config)
@@ -102,7 +103,7 @@ def _finish(
 
     for part in (backend.normalizer, backend.decoder):
         if part is not None:
-            _check_growth(json.loads(part.__getstate__()))
+            check_growth(json.loads(part.__getstate__()))
     # A prompt is never cut or padded silently, and gives the same ids each time.
     backend.no_truncation()
     backend.no_padding()
@@ -150,19 +151,3 @@ def _id_of(backend: "tokenizers.Tokenizer", named: dict, key: str, otherwise: in
     content = _content(named, key)
     index = None if content is None else backend.token_to_id(content)
     return otherwise if index is None else index
-
-
-def _check_growth(part: dict) -> None:
-    """Refuses chains of replacements that blow a text up: ten steps of "a" -> "aaaa" are a million times."""
-    growth = 1.0
-    pending = [part]
-    while pending:
-        step = pending.pop()
-        pending += [*(step.get("normalizers") or ()), *(step.get("decoders") or ())]
-        if step.get("type") == "Replace":
-            pattern = step.get("pattern", {}).get("String")
-            growth *= max(1.0, len(step.get("content", "")) / max(1, len(pattern or "")))
-        elif step.get("type") == "Prepend":
-            growth *= 1 + len(step.get("prepend", ""))
-    if growth > _MAX_GROWTH:
-        raise TokenizerError(f"tokenizer.json: its replacements make a text up to {growth:.3g} times longer; refused")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgellama.errors import TokenizerError
+from edgellama.tokenizer.screening import check_charsmap
 from edgellama.tokenizer.sentencepiece_model import BPE as SPM_BPE
 from edgellama.tokenizer.sentencepiece_model import CONTROL, USER_DEFINED, SpmModel
 from edgellama.tokenizer.settings import AddedTokenFields, Settings
@@ -118,7 +119,10 @@ def from_spm_model(model: SpmModel, settings: Settings) -> "tokenizers.Tokenizer
     else:
         scored = list(zip(model.pieces, model.scores, strict=True))
         backend = Tokenizer(models.Unigram(scored, unk_id=model.unk_id, byte_fallback=model.byte_fallback))
-        steps: list = [normalizers.Precompiled(model.precompiled_charsmap)] if model.precompiled_charsmap else []
+        steps: list = []
+        if model.precompiled_charsmap:
+            check_charsmap(model.precompiled_charsmap)
+            steps.append(normalizers.Precompiled(model.precompiled_charsmap))
         if model.remove_extra_whitespaces:
             steps += [normalizers.Strip(left=True, right=True), normalizers.Replace(Regex(" {2,}"), " ")]
         backend.normalizer = normalizers.Sequence(steps)
