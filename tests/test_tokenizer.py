@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenizer_cases import CASES, GPT2, LLAMA, TEXTS, digest_if_long, goldens, random_text, token
 
 from edgellama.errors import TokenizerError
 from edgellama.tokenizer import load_tokenizer
+from tokenizer_cases import CASES, GPT2, LLAMA, TEXTS, digest_if_long, goldens, random_text, token
 
 GOLDENS = goldens()
 BY_NAME = {case.name: case for case in CASES}

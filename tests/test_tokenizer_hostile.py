@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from tokenizer_cases import DATA, GPT2
 
 from edgellama.errors import TokenizerError
 from edgellama.tokenizer import load_tokenizer, settings
 from edgellama.tokenizer.guard import quiet_panics, refusing
+from tokenizer_cases import DATA, GPT2
 
 SPM = (DATA / "spm-model" / "tokenizer.model").read_bytes()
 BYTE_LEVEL = json.loads((DATA / "bytelevel" / "tokenizer.json").read_bytes())

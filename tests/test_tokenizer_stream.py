@@ -5,10 +5,10 @@ import random
 import unicodedata
 
 import pytest
-from tokenizer_cases import CASES, random_text
 
 from edgellama.tokenizer import load_tokenizer
 from edgellama.tokenizer.stream import StreamDecoder, decoder_steps
+from tokenizer_cases import CASES, random_text
 
 TOKENIZERS = {case.name: case for case in CASES if case.name in ("spm-model", "spm-json-no-prefix", "bytelevel")}
 
