@@ -193,7 +193,7 @@ def attend(queries, q, q_stride, lengths, keys, values, head_dim, value_stride, 
     state_bytes = _STATE_HEAD + 4 * value_stride
     scores, running = scratch, scratch + QUERIES * BLOCK * 4
     total = running + QUERIES * state_bytes
-    longest = int64(0)
+    longest = load_i64(lengths)
     for i in range(queries):
         length = load_i64(lengths + 8 * i)
         longest = max(longest, length)

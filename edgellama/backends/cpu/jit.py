@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numba
 import platformdirs
@@ -34,9 +35,9 @@ def cache_folder() -> Path:
     return base / "kernels" / state.hexdigest()[:16]
 
 
-_OPTIONS = {"nopython": True, "nogil": True, "error_model": "numpy", "boundscheck": False}
+_OPTIONS: dict[str, Any] = {"nopython": True, "nogil": True, "error_model": "numpy", "boundscheck": False}
 
-kernel = functools.partial(numba.jit, **_OPTIONS)
+kernel: Any = functools.partial(numba.jit, **_OPTIONS)
 """Decorator of a function that is compiled into those which call it."""
 
 
@@ -52,7 +53,7 @@ def _our_cache() -> Iterator[None]:
         setattr(config, name, before)
 
 
-def entry_point(function: Callable) -> Callable:
+def entry_point(function: Callable) -> Any:
     """Decorator of a kernel that Python calls: compiled code is cached on disk, with all that it calls."""
     try:
         with _our_cache():
@@ -70,7 +71,7 @@ class Native:
 
     def __init__(self, function: Callable):
         self.py_func = function
-        functools.update_wrapper(self, function)
+        self.__doc__ = function.__doc__
 
     @functools.cached_property
     def address(self) -> int:
@@ -82,4 +83,4 @@ class Native:
                 self._code = numba.cfunc(signature, cache=True, **options)(self.py_func)
         except (RuntimeError, OSError):
             self._code = numba.cfunc(signature, **options)(self.py_func)
-        return self._code.address
+        return int(self._code.address or 0)
