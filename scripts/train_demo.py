@@ -147,6 +147,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path) -> None
     eos = tokenizer.token_to_id(EOS)
     copy.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=eos, do_sample=True, temperature=0.8)
     copy.half().save_pretrained(directory)
+    (directory / "model.safetensors").chmod(0o644)  # transformers leaves it unreadable to others
     tokenizer.save(str(directory / "tokenizer.json"))
     tokenizer_config = {
         "add_bos_token": True,
