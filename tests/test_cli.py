@@ -11,13 +11,13 @@ import time
 
 import numpy as np
 import pytest
-from checkpoints import DEFAULTS, state_dict_shapes, write_weights
-from fakes import fake_llama
 
 import edgellama
+from checkpoints import DEFAULTS, state_dict_shapes, write_weights
 from edgellama.cli import console, main, options
 from edgellama.cli.progress import Progress
 from edgellama.errors import EdgellamaError
+from fakes import fake_llama
 
 COMMAND = [sys.executable, "-m", "edgellama"]
 VERBS = ["convert", "generate", "info", "verify", "export", "demo"]
@@ -358,6 +358,17 @@ def test_a_closed_pipe_is_quiet(tiny_model):
         check=False,
     )  # fmt: skip
     assert done.stderr == b"code 0\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes and signals")
+@pytest.mark.parametrize(("redirect", "code"), [(">&-", 0), ("2>&-", 0), ("<&- -p -", 1), (">/dev/full", 1)])
+def test_closed_and_full_streams(tiny_model, redirect, code):
+    if "/dev/full" in redirect and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    command = subprocess.list2cmdline([*COMMAND, "generate", str(tiny_model), "-n", "5", "--device", "reference"])
+    done = subprocess.run(f"{command} -p a {redirect}", shell=True, capture_output=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count(b"\n") == (redirect != "2>&-")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes and signals")

@@ -5,9 +5,9 @@ import json
 import threading
 
 import pytest
-from fakes import fake_llama
 
 from edgellama.errors import ContextError, EdgellamaError, TokenizerError
+from fakes import fake_llama
 
 A, B, C, EOS, HALF, OTHER_HALF = 2, 3, 4, 1, 28, 29
 

@@ -7,13 +7,13 @@ import time
 
 import numpy as np
 import pytest
-from fakes import FakeFile, fake_llama
 
 import edgellama
 from edgellama.errors import ContextError, DeviceError, EdgellamaError
 from edgellama.memory import available_bytes
 from edgellama.model import choose_n_ctx, kv_bytes_per_token
 from edgellama.paths import find_model
+from fakes import FakeFile, fake_llama
 
 
 def test_forward_continues_where_it_was():

@@ -15,6 +15,9 @@ HF_TOKEN). The checkpoint is read tensor by tensor: memory stays far below its
 size. Interrupted, it leaves nothing behind."""
 
 
+_READY = "convert: getting ready (a few seconds more on a machine's first run)"
+
+
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "convert", help="make an .edgellama file from a checkpoint", description=_DESCRIPTION, epilog=_EPILOG
@@ -39,7 +42,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     from edgellama_convert import convert
 
-    with Progress("convert", unit="weights", quiet=args.quiet) as progress:
+    with Progress("convert", unit="weights", quiet=args.quiet, ready_line=_READY) as progress:
         try:
             report = convert(
                 args.source,

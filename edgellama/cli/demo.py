@@ -38,10 +38,9 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     sampling = options.sampling_of(args)
     prompt = options.read_prompt(args.prompt)
-    from edgellama_convert import convert
-
     from edgellama.model import load
     from edgellama.paths import cache_dir
+    from edgellama_convert import convert
 
     out = Path(args.out) if args.out else cache_dir() / "demo.edgellama"
     out.parent.mkdir(parents=True, exist_ok=True)

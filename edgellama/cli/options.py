@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -117,8 +118,8 @@ def read_prompt(text: str) -> str:
     """`text`, or stdin for "-" (without its last line break)."""
     if text != "-":
         return text
-    import sys
-
+    if sys.stdin is None:
+        raise EdgellamaError("there is no stdin to read the prompt from")
     data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
     try:
         prompt = data.decode("utf-8-sig")

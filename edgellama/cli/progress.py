@@ -12,25 +12,35 @@ _LINES = 10
 class Progress:
     """A context manager; `update(done, total)` may come as often as it likes.
 
-    `unit` is "B" or a word; `quiet` shows nothing.
+    `unit` is "B" or a word; `quiet` shows nothing; `ready_line` is what a terminal shows until the first update.
     """
 
-    def __init__(self, what: str, unit: str, quiet: bool = False):
+    def __init__(self, what: str, unit: str, quiet: bool = False, ready_line: str = ""):
         self._what, self._unit, self._quiet = what, unit, quiet
+        self._ready_line = ready_line
         self._bar: Any = None
         self._shown = 0
         self._begun = time.monotonic()
 
     def __enter__(self) -> "Progress":
+        self._show_ready_line(self._ready_line)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def close(self) -> None:
+        """Take the bar, or what was shown before it, off the terminal."""
         if self._bar is not None:
             self._bar.close()
-            self._bar = None
+        else:
+            self._show_ready_line(" " * len(self._ready_line))
+        self._bar, self._ready_line = None, ""
+
+    def _show_ready_line(self, text: str) -> None:
+        if text and not self._quiet and console.is_terminal(sys.stderr):
+            sys.stderr.write(text + "\r")
+            sys.stderr.flush()
 
     def update(self, done: int, total: int) -> None:
         if self._quiet or total <= 0:
@@ -42,6 +52,7 @@ class Progress:
 
     def _update_bar(self, done: int, total: int) -> None:
         if self._bar is None:
+            self._show_ready_line(" " * len(self._ready_line))
             from tqdm import tqdm
 
             self._bar = tqdm(
