@@ -9,8 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-from format_builder import Parts, dump
-from format_files import CONFIG, FILES, PROVENANCE, tensor_bytes, write_file
 
 from edgellama import quant
 from edgellama.config import LlamaConfig
@@ -18,6 +16,8 @@ from edgellama.errors import EdgellamaError, FormatError
 from edgellama.format import LAYOUTS, ModelWriter, TensorSpec, model_tensors, open_model
 from edgellama.format.schema import tensor_count
 from edgellama.format.strict_json import locate, parse_object
+from format_builder import Parts, dump
+from format_files import CONFIG, FILES, PROVENANCE, tensor_bytes, write_file
 
 SHAPES = [
     {},

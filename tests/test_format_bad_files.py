@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from format_builder import Parts
-from format_cases import cases
-from format_files import write_file
 
 from edgellama.errors import EdgellamaError, FormatError
 from edgellama.format import open_model
+from format_builder import Parts
+from format_cases import cases
+from format_files import write_file
 
 GUARD = Path(__file__).with_name("format_guard.py")
 MAX_MB = 64

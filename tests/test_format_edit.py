@@ -6,13 +6,13 @@ import errno
 import os
 
 import pytest
-from format_builder import Parts
-from format_files import FILES, write_file
-from test_format_writer import Failing, failures
 
 from edgellama.errors import EdgellamaError, FormatError
 from edgellama.format import append_metadata, open_model, recover
 from edgellama.format.container import MAX_SECTIONS
+from format_builder import Parts
+from format_files import FILES, write_file
+from test_format_writer import Failing, failures
 
 
 def contents(path) -> tuple[dict[str, bytes], dict | None]:

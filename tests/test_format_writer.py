@@ -14,11 +14,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from format_files import CONFIG, FILES, PROVENANCE, tensor_bytes, write_file
 
 from edgellama.errors import ConfigError, EdgellamaError, FormatError
 from edgellama.format import ModelWriter, open_model, storage
 from edgellama.format import writer as writer_module
+from format_files import CONFIG, FILES, PROVENANCE, tensor_bytes, write_file
 
 CALLS = ("create", "truncate", "seek", "write", "fsync", "link", "replace", "fsync_folder", "unlink", "close")
 
