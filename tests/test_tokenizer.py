@@ -84,6 +84,29 @@ def test_random_text_live_against_transformers(case, tmp_path, monkeypatch):
             assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip), ids
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["spm-model", "spm-model-legacy-eos", "spm-json-added", "bytelevel", "bytelevel-gpt2"])
+def test_what_transformers_saves_is_read_alike(name, tmp_path, monkeypatch):
+    """A folder written by `save_pretrained`, with a token added in between."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer
+
+    first = AutoTokenizer.from_pretrained(write(tmp_path / "first", BY_NAME[name].files()))
+    first.add_special_tokens({"additional_special_tokens": ["<tool>", "<|new|>"], "pad_token": "<pad>"})
+    first.add_tokens(["word"])
+    first.chat_template = "{{ messages }}"
+    saved = write(tmp_path / "saved", {})
+    first.save_pretrained(saved)
+    theirs, rng = AutoTokenizer.from_pretrained(saved), random.Random(name)
+    ours = load_tokenizer({path.name: path.read_bytes() for path in saved.iterdir()})
+    assert (ours.kind, ours.vocab_size, ours.chat_template) == ("tokenizer.json", len(theirs), "{{ messages }}")
+    for _ in range(300):
+        text = random_text(rng)
+        assert ours.encode(text) == theirs.encode(text), text
+        ids = [rng.randrange(ours.vocab_size) for _ in range(12)]
+        assert ours.decode(ids, True) == theirs.decode(ids, skip_special_tokens=True), ids
+
+
 @pytest.mark.models
 def test_minimind2_against_its_known_ids(minimind_dir):
     tokenizer = load_tokenizer(

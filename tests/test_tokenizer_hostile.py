@@ -89,6 +89,10 @@ BAD = {
         changed(BYTE_LEVEL, pre_tokenizer={**SPLIT, "pattern": {"Regex": "("}}),
         "tokenizer.json",
     ),
+    "regex-endless": (
+        changed(BYTE_LEVEL, pre_tokenizer={**SPLIT, "pattern": {"Regex": "((a+)+)+b"}}),
+        "retry-limit",
+    ),
     "growth-normalizer": (changed(SPM_JSON, normalizer=replacing("aaaa", 30)), "times longer"),
     "growth-decoder": (
         changed(SPM_JSON, decoder={"type": "Sequence", "decoders": replacing("a" * 9, 9)["normalizers"]}),

@@ -16,6 +16,7 @@ from what a model was trained with, the choice is:
 """
 
 import json
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
     from edgellama.config import LlamaConfig
 
-_PROBE = "a \u00e9\n1"  # enough to run every part of a pipeline once
+# Runs every part of a pipeline once, and gives a regular expression that backtracks without end something to do.
+_PROBE = "a \u00e9\n1" + "".join(character * 32 for character in "a 1.\n")
+_PROBE_SECONDS = 2.0  # a good tokenizer needs 100 microseconds
 
 
 def load_tokenizer(files: Mapping[str, bytes], config: "LlamaConfig | None" = None) -> Tokenizer:
@@ -56,7 +59,10 @@ def load_tokenizer(files: Mapping[str, bytes], config: "LlamaConfig | None" = No
         with refusing(problem):
             assemble = _from_json if kind == "tokenizer.json" else _from_spm
             tokenizer = assemble(data, files, config)
+            started = time.monotonic()
             tokenizer.decode(tokenizer.encode(_PROBE))
+            if time.monotonic() - started > _PROBE_SECONDS:
+                raise TokenizerError(f"{kind}: takes seconds for {len(_PROBE)} characters; refused")
     return tokenizer
 
 

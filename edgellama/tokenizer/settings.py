@@ -154,6 +154,10 @@ def _read_special(settings: Settings, name: str, raw: dict) -> None:
                 settings.named[key] = added_token_fields(f"{name}: {key}", value, special=True)
             else:
                 settings.named[key] = added_token_fields(f"{name}: {key}", value)
+    for key, value in (_optional(name, raw, "model_specific_special_tokens", dict) or {}).items():
+        settings.named.setdefault(
+            key, added_token_fields(f"{name}: model_specific_special_tokens[{key[:40]!r}]", value)
+        )
     extra = raw.get("extra_special_tokens") or raw.get("additional_special_tokens") or []
     if isinstance(extra, dict):
         for key, value in extra.items():
