@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from edgellama.backends.cpu.threads import default_threads
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError, FormatError, TokenizerError
 from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, model_tensors
@@ -31,7 +32,7 @@ from .names import Plan, plan_tensors, refuse_untied
 from .pipeline import Pipeline
 from .quantizers import METHODS, quantize
 from .report import ConvertReport
-from .resources import MIB, check_memory, default_threads, plan_buffers, private_bytes
+from .resources import MIB, check_memory, plan_buffers, private_bytes
 from .source import CONFIG_FILE, Source, resolve
 
 SUFFIX = ".edgellama"
@@ -60,6 +61,25 @@ def convert(
     hold (RSS without pages of mapped files). progress(done, total) counts weights. Raises ConvertError, ConfigError or
     TokenizerError; the destination is then what it was before, or absent.
     """
+    try:
+        return _convert(source, out, method, lm_head_bits, max_ram, revision, token, offline, n_threads, progress)
+    except OSError as error:  # of the source's files; the writer explains its own
+        where = f"{error.filename}: " if error.filename else ""
+        raise ConvertError(f"{where}{error.strerror or error}") from None
+
+
+def _convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    method: str,
+    lm_head_bits: int,
+    max_ram: int | None,
+    revision: str | None,
+    token: str | None,
+    offline: bool,
+    n_threads: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> ConvertReport:
     started = time.perf_counter()
     n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)
     origin = resolve(source, revision=revision, token=token, offline=offline)

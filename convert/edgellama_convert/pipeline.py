@@ -77,18 +77,22 @@ class Pipeline:
         out = [np.empty((rows, tensor.shape[1]), np.float16) for _ in "ab"]
 
         def work(raw: np.ndarray, first: int, row: int, halves: np.ndarray) -> None:
-            values = np.empty(raw.shape, np.float32)
-            to_float32(raw, values)
             here = halves[row : row + len(raw)]
+            values = raw
+            if raw.dtype != np.float16:
+                values = np.empty(raw.shape, np.float32)
+                to_float32(raw, values)
             with np.errstate(over="ignore"):
                 here[...] = values
-            if not np.isfinite(here).all():
-                bad = np.unravel_index(int(np.argmin(np.isfinite(here))), here.shape)
+            finite = np.isfinite(here)
+            if not finite.all():
+                bad = np.unravel_index(int(np.argmin(finite)), here.shape)
                 raise _bad_weight(tensor, first + row + int(bad[0]), int(bad[1]), values[bad])
-            sums[first + row : first + row + len(raw), 1] = np.square(values, dtype=np.float64).sum(axis=1)
-            if raw.dtype != np.float16:
+            if raw.dtype != np.float16:  # float16 is kept exactly
+                rows = sums[first + row : first + row + len(raw)]
+                rows[:, 1] = np.square(values, dtype=np.float64).sum(axis=1)
                 values -= here
-                sums[first + row : first + row + len(raw), 0] = np.square(values, dtype=np.float64).sum(axis=1)
+                rows[:, 0] = np.square(values, dtype=np.float64).sum(axis=1)
 
         for slab, n in self._stream(tensor, out, work):
             yield pack_f16(slab[:n]) if blocked else slab[:n]

@@ -19,8 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
+from edgellama.backends.cpu.jit import entry_point, kernel
 from edgellama.quant import GROUP_SIZE, ROW_BLOCK, ZERO_POINT, padded_shape
 
 METHODS = ("rtn", "search")
@@ -41,7 +41,7 @@ _HALF_INFINITY = np.uint16(0x7C00)
 ALL_FINITE = -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _to_half(x):
     """Bits (uint16) of the float16 nearest to a float32, ties to even; too large gives infinity."""
     bits = np.float32(x).view(np.uint32)
@@ -57,7 +57,7 @@ def _to_half(x):
     return np.uint16(sign | half)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _from_half(half):
     """The float32 value of finite float16 bits."""
     magnitude = np.uint32(np.uint32(half & 0x7FFF) << 13)
@@ -65,7 +65,7 @@ def _from_half(half):
     return -value if half & 0x8000 else value
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _absmax_bits(x_bits):
     """Largest |x| of a group, as float32 bits: integers order like the magnitudes, infinity and NaN on top."""
     largest = np.int32(0)
@@ -74,7 +74,7 @@ def _absmax_bits(x_bits):
     return largest
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _correlate(x, x_int, inverse_scale, zero):
     """For the codes q that `inverse_scale` gives: the integer sums of q * x_int and q * q."""
     q_x = np.int32(0)
@@ -88,7 +88,7 @@ def _correlate(x, x_int, inverse_scale, zero):
     return q_x, q_q
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sum_of_squares(values):
     """Of float64[128], in four lanes and then in order: an order the compiler must keep."""
     a, b, c, d = 0.0, 0.0, 0.0, 0.0
@@ -100,7 +100,7 @@ def _sum_of_squares(values):
     return (a + b) + (c + d)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _squared_error(x, scale, zero, differences):
     """Squared error (float64) of a group with `scale`, which is not 0; `differences` is float64[128] to work in."""
     low, high = np.float32(-zero), np.float32(zero - 1)
@@ -110,7 +110,7 @@ def _squared_error(x, scale, zero, differences):
     return _sum_of_squares(differences)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _search_scale(x, x_int, absmax, zero):
     """Float16 bits of the best scale found for one group; 0 where none is usable."""
     # x in integers such that a sum of 128 products with codes stays inside int32: 20 bits for int4, 16 for int8.
@@ -140,7 +140,7 @@ def _search_scale(x, x_int, absmax, zero):
     return half
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _encode(x, scale, zero, codes):
     """Codes (uint8, zero point added) of one group."""
     if scale == 0:
@@ -152,7 +152,7 @@ def _encode(x, scale, zero, codes):
         codes[i] = np.uint8(np.int32(min(max(q, low), high)) + zero)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pack(codes, zero, out):
     """codes uint8[16, 128] of one (row block, group) to its bytes; FORMAT.md, int4.g128 and int8.g128."""
     if zero == 8:
@@ -168,7 +168,7 @@ def _pack(codes, zero, out):
                     out[64 * line + 4 * row + j] = codes[row, 4 * line + j]
 
 
-@njit(cache=True, nogil=True)
+@entry_point
 def quantize_blocks(w, w_bits, zero, search, packed, scales, sums):
     """Quantize whole row blocks.
 

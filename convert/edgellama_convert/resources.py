@@ -1,11 +1,10 @@
-"""What a conversion may use of the machine: memory held by this process, a budget for it, threads.
+"""What a conversion may use of the machine: memory held by this process, and a budget for it.
 
 Knows the operating systems' ways to ask and the sizes of the pipeline's buffers; nothing of files or tensors' meaning.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,6 @@ DEFAULT_SLAB_WEIGHTS = 2 * MIB
 """Weights of a slab for each thread: large enough that Python's part is small, small enough to stay near the cache."""
 _CHUNK_WEIGHTS = MIB // 4
 _FLOAT32 = 4
-
-
-def default_threads() -> int:
-    """Processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def private_bytes() -> int | None:
