@@ -1,6 +1,7 @@
 """Whole conversions of tiny checkpoints: what is in the file, that it never depends on anything it should not."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -340,3 +341,22 @@ def test_weights_that_are_no_numbers_are_named_with_their_place(tmp_path, name, 
         convert(tmp_path / "model", tmp_path / "m.edgellama")
     assert name in str(error.value) and str(list(index)) in str(error.value) and problem in str(error.value)
     assert not (tmp_path / "m.edgellama").exists()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_a_source_that_may_not_be_read(tmp_path):
+    make_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").chmod(0)
+    with pytest.raises(ConvertError, match=r"model\.safetensors: Permission denied"):
+        convert(tmp_path / "model", tmp_path / "m.edgellama")
+
+
+def test_an_error_of_the_operating_system_is_one_line(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "model")
+
+    def fail(*args):
+        raise OSError(5, "Input/output error", str(tmp_path / "model"))
+
+    monkeypatch.setattr("edgellama_convert.conversion.read_files", fail)
+    with pytest.raises(ConvertError, match="model: Input/output error"):
+        convert(tmp_path / "model", tmp_path / "m.edgellama")

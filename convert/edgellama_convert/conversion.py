@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ MAX_FILE_BYTES = 32 * MIB
 _CODE_BITS = {"int4.g128": 4, "int8.g128": 8}
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """An OSError about the source's files becomes one line; the writer explains its own."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise ConvertError(f"{where}{error.strerror or error}") from None
+
+
+@_explained()
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
@@ -61,25 +73,6 @@ def convert(
     hold (RSS without pages of mapped files). progress(done, total) counts weights. Raises ConvertError, ConfigError or
     TokenizerError; the destination is then what it was before, or absent.
     """
-    try:
-        return _convert(source, out, method, lm_head_bits, max_ram, revision, token, offline, n_threads, progress)
-    except OSError as error:  # of the source's files; the writer explains its own
-        where = f"{error.filename}: " if error.filename else ""
-        raise ConvertError(f"{where}{error.strerror or error}") from None
-
-
-def _convert(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None,
-    method: str,
-    lm_head_bits: int,
-    max_ram: int | None,
-    revision: str | None,
-    token: str | None,
-    offline: bool,
-    n_threads: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> ConvertReport:
     started = time.perf_counter()
     n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)
     origin = resolve(source, revision=revision, token=token, offline=offline)
