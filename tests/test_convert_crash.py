@@ -6,11 +6,11 @@ import signal
 import time
 
 import pytest
-from checkpoints import make_checkpoint
-from edgellama_convert import convert
 
+from checkpoints import make_checkpoint
 from edgellama.errors import FormatError
 from edgellama.format import open_model
+from edgellama_convert import convert
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes the POSIX way")
 

@@ -10,8 +10,8 @@ import subprocess
 import sys
 
 import pytest
-from checkpoints import make_checkpoint, random_weights, write_safetensors
 
+from checkpoints import make_checkpoint, random_weights, write_safetensors
 from edgellama.cli import main
 
 

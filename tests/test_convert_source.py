@@ -7,12 +7,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from checkpoints import make_checkpoint
-from edgellama_convert import convert
-from edgellama_convert.source import resolve
 
+from checkpoints import make_checkpoint
 from edgellama.errors import ConvertError
 from edgellama.format import open_model
+from edgellama_convert import convert
+from edgellama_convert.source import resolve
 
 REPO = "someone/Tiny-Llama"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from checkpoints import make_checkpoint
-from edgellama_convert import convert, export_hf
-from edgellama_convert.checkpoint import Checkpoint
 from safetensors.numpy import load_file
 
+from checkpoints import make_checkpoint
 from edgellama.errors import EdgellamaError
 from edgellama.format import open_model
 from edgellama.quant import load_matrix
+from edgellama_convert import convert, export_hf
+from edgellama_convert.checkpoint import Checkpoint
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import hashlib
 
 import numpy as np
 import pytest
-from edgellama_convert import quantizers
-from edgellama_convert.quantizers import METHODS, quantize, quantize_blocks
 
 from edgellama.quant import (
     dequantize,
@@ -17,6 +15,8 @@ from edgellama.quant import (
     unpack_int8,
     unpack_scales,
 )
+from edgellama_convert import quantizers
+from edgellama_convert.quantizers import METHODS, quantize, quantize_blocks
 
 PACK = {4: pack_int4, 8: pack_int8}
 UNPACK = {4: unpack_int4, 8: unpack_int8}

@@ -16,7 +16,6 @@ MIB = 1 << 20
 DEFAULT_SLAB_WEIGHTS = 2 * MIB
 """Weights of a slab for each thread: large enough that Python's part is small, small enough to stay near the cache."""
 _CHUNK_WEIGHTS = MIB // 4
-_FLOAT32 = 4
 
 
 def private_bytes() -> int | None:
@@ -92,9 +91,10 @@ def plan_buffers(max_ram: int | None, *, widest: int, weight_bytes: int, held_by
     if max_ram is None:
         return Buffers(slab, chunk)
     block = ROW_BLOCK * round_up(widest, GROUP_SIZE)
-    # Two slabs in turn: raw weights, and packed codes of at most two bytes (16-bit tensors; those take a copy too).
-    slab_cost = 2 * (weight_bytes + 2) + 2
-    chunk_cost = n_threads * 2 * _FLOAT32
+    # Two slabs in turn, each the raw weights and at most two bytes of result; blocking a 16-bit result copies it twice.
+    slab_cost = 2 * (weight_bytes + 2) + 2 * 2
+    # Each thread's chunk as float32, and for 16-bit results the squares in float64.
+    chunk_cost = n_threads * 16
     base = (private_bytes() or 0) + held_bytes
     least = base + block * (slab_cost + chunk_cost)
     if max_ram < least:
