@@ -208,6 +208,12 @@ class PanicException(BaseException):
     """Named like pyo3's, whose class cannot be imported."""
 
 
+def test_a_files_escape_sequences_do_not_reach_the_terminal():
+    with pytest.raises(TokenizerError) as caught:
+        load_tokenizer(model(BYTE_LEVEL, merges=["\x1b[2J \u202e"]))
+    assert r"\x1b[2J" in str(caught.value) and str(caught.value).isprintable()
+
+
 def test_panics_become_errors_and_interrupts_stay():
     with pytest.raises(TokenizerError, match="the file: boom on two lines"), refusing("the file"):
         raise PanicException("boom\non two lines")

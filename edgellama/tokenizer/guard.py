@@ -17,8 +17,9 @@ _stderr_lock = threading.Lock()  # the descriptor belongs to the whole process
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """The error's text on one line, cut to `limit` characters."""
+    """The error's text on one line, cut to `limit` characters, unprintable ones (from a hostile file) spelt out."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: 2 * limit])
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
