@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import make_checkpoint
 
+from checkpoints import make_checkpoint
 from edgellama import quant
 
 GOLDEN_DIR = Path(__file__).parent / "data" / "golden"

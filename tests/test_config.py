@@ -5,8 +5,8 @@ import math
 import random
 
 import pytest
-from checkpoints import DEFAULTS
 
+from checkpoints import DEFAULTS
 from edgellama.config import MAX_SIZE, LlamaConfig, RopeConfig
 from edgellama.config_keys import HARMLESS, NEUTRAL, ROPE_KEYS
 from edgellama.config_reader import show

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from closeness import (
     MAX_KL,
     MIN_GREEDY_AGREEMENT,
@@ -19,11 +20,10 @@ from closeness import (
     relative_error,
     stepwise_logits,
 )
-from golden_cases import CASES, GOLDEN_DIR, KEPT_ROWS, convert_case, weights_sha256
-
 from edgellama.backends.cpu import CpuBackend
 from edgellama.backends.reference import ReferenceBackend
 from edgellama.format import open_model
+from golden_cases import CASES, GOLDEN_DIR, KEPT_ROWS, convert_case, weights_sha256
 
 N_SEQUENCES = 4  # of each model, for the shares and means that `cpu` is held to
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from closeness import (
     MAX_KL,
     MIN_GREEDY_AGREEMENT,
@@ -14,7 +15,6 @@ from closeness import (
     relative_error,
     stepwise_logits,
 )
-
 from edgellama.backends.cpu import CpuBackend
 from edgellama.backends.reference import ReferenceBackend
 
@@ -96,10 +96,10 @@ def save_random_llama(directory, config: dict, dtype: str, shards: int) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_reference_equals_transformers(name, tmp_path):
     import torch
-    from edgellama_convert import convert, export_hf
     from transformers import LlamaForCausalLM
 
     from edgellama.format import open_model
+    from edgellama_convert import convert, export_hf
 
     torch.set_num_threads(1)
     config, dtype, shards, lm_head_bits = CASES[name]
@@ -133,8 +133,9 @@ are green, and the cafes put their tables outside. What would you like to see fi
 @pytest.fixture(scope="module")
 def minimind(minimind_dir, tmp_path_factory):
     """(the converted file, 100 or so token ids of English text)"""
-    from edgellama_convert import convert
     from tokenizers import Tokenizer
+
+    from edgellama_convert import convert
 
     path = tmp_path_factory.mktemp("minimind") / "minimind2-small.edgellama"
     convert(minimind_dir, path)
@@ -147,10 +148,10 @@ def minimind(minimind_dir, tmp_path_factory):
 @pytest.mark.torch
 def test_reference_equals_transformers_on_a_real_model(minimind, tmp_path):
     import torch
-    from edgellama_convert import export_hf
     from transformers import LlamaForCausalLM
 
     from edgellama.format import open_model
+    from edgellama_convert import export_hf
 
     torch.set_num_threads(1)
     path, tokens = minimind

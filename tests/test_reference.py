@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from checkpoints import DEFAULTS, random_weights
 
+from checkpoints import DEFAULTS, random_weights
 from edgellama.backends import check_batch
 from edgellama.backends.reference import ACTIVATIONS, ReferenceBackend
 from edgellama.config import LlamaConfig

@@ -34,9 +34,8 @@ def transformers_logits(checkpoint: Path, tokens: np.ndarray) -> np.ndarray:
 
 
 def write_case(name: str, case: Case) -> None:
-    from edgellama_convert import export_hf
-
     from edgellama.format import open_model
+    from edgellama_convert import export_hf
 
     with tempfile.TemporaryDirectory() as directory:
         path = convert_case(case, Path(directory))
