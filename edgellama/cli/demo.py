@@ -18,7 +18,7 @@ examples: edgellama demo
 
 Needs no network. The file is written to the user's cache folder (EDGELLAMA_HOME
 moves it; -o names another place)."""
-_MAX_NEW_TOKENS = 120  # about ten lines of 80 characters: the demo fits one screen
+_MAX_NEW_TOKENS = 260  # a dozen lines of 80 characters: the demo fits one screen
 _SEED = 7
 
 
@@ -47,12 +47,12 @@ def run(args: argparse.Namespace) -> int:
     source = Path(checkpoint_dir())
     report = convert(source, out, offline=True)
     console.note(
-        f"read   {console.shell_path(source)}: a Llama of {console.count(report.weights)} weights, "
-        f"{console.size(report.source_bytes)}"
+        f"read   {console.shell_path(source)} "
+        f"({console.count(report.weights)} weights, {console.size(report.source_bytes)})"
     )
     console.note(
-        f"wrote  {console.shell_path(report.out)}: {console.size(report.file_bytes)}, "
-        f"{report.bits_per_weight:.2f} bits per weight, in {console.seconds(report.seconds)}"
+        f"wrote  {console.shell_path(report.out)} ({console.size(report.file_bytes)}, "
+        f"{report.bits_per_weight:.2f} bits per weight, {console.seconds(report.seconds)})"
     )
     begun = time.perf_counter()
     with load(out, device=args.device, n_ctx=args.ctx, n_threads=args.threads) as llm:
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     spent = time.perf_counter() - begun
     console.note()
     console.note(_speed(result, spent, args.device))
-    console.note(f'next   edgellama generate {console.shell_path(report.out)} -p "{PROMPTS[2]}"')
-    console.note("       edgellama convert meta-llama/Llama-2-7b-hf     (or a local folder; any Llama)")
+    console.note(f'next   edgellama generate {console.shell_path(report.out)} -p "One night"')
+    console.note("       edgellama convert meta-llama/Llama-2-7b-hf   (or a local folder)")
     return code
 
 
@@ -84,6 +84,6 @@ def _writer() -> tuple[Callable[[str], None], Callable[[], None]]:
 
 def _speed(result, spent: float, device: str) -> str:
     timings = result.timings
-    rate = f"{timings.decode_tps:.0f} tokens/s, " if timings.decode_tps else ""
-    first = f"first one after {console.seconds(timings.ttft_s)}, " if timings.ttft_s is not None else ""
-    return f"speed  {len(result.token_ids)} tokens: {rate}{first}{console.seconds(spent)} in all ({device})"
+    rate = f" at {timings.decode_tps:.0f}/s" if timings.decode_tps else ""
+    first = f", the first after {console.seconds(timings.ttft_s)}" if timings.ttft_s is not None else ""
+    return f"speed  {len(result.token_ids)} tokens{rate}{first}; {console.seconds(spent)} in all ({device})"
