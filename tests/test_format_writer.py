@@ -89,6 +89,7 @@ def test_mistakes_of_the_caller(tmp_path, mistake, problem):
         ({}, {"x": {1: 2}}, None, "metadata"),
         ({}, {"x": object()}, None, "metadata"),
         ({}, {}, {"x": (1, 2)}, "metadata"),
+        ({}, {"x": "y" * (1 << 20)}, None, "metadata"),
         ({"tokenizer.json": bytes(41 << 20)}, {}, None, "trailer.section_offset"),
     ],
 )
@@ -355,3 +356,23 @@ def test_a_stale_temporary_file_goes_and_a_live_one_stays(tmp_path):
         live.finish({}, {})
     with open_model(path) as model:
         model.verify()
+
+
+@pytest.mark.parametrize("system", ["windows", "no-locks"])
+def test_systems_without_locks(tmp_path, monkeypatch, system):
+    """The steps for Windows (close before rename or removal, age instead of locks) and for network disks, run here."""
+    monkeypatch.setattr(storage, "fcntl", None)
+    monkeypatch.setattr(storage, "WINDOWS", system == "windows")
+    path = tmp_path / "m.edgellama"
+    fresh, stale = (tmp_path / f".m.edgellama.1-0000000{i}.tmp" for i in range(2))
+    for file in (fresh, stale):
+        file.touch()
+    os.utime(stale, (1, 1))
+    write_file(path)
+    assert fresh.exists() and stale.exists() == (system == "no-locks")
+    old = path.read_bytes()
+    with ModelWriter(path, CONFIG, method="rtn") as writer:
+        fill(writer, 3)
+    write_file(path, seed=1)
+    assert path.read_bytes() != old
+    assert set(os.listdir(tmp_path)) <= {"m.edgellama", fresh.name, stale.name}

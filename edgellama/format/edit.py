@@ -45,7 +45,7 @@ def append_metadata(
     files = files or {}
     check_names(files.keys())
     with _locked(path) as fd:
-        _recover(fd, path)
+        _recover(fd)
         size = os.fstat(fd).st_size
         contents = validate(FileSource(fd, size))
         metadata = contents.metadata
@@ -74,7 +74,7 @@ def recover(path: str | os.PathLike[str]) -> bool:
     """
     path = Path(path)
     with _locked(path) as fd:
-        cut = _recover(fd, path)
+        cut = _recover(fd)
     open_model(path).close()
     return cut
 
@@ -111,7 +111,7 @@ def _restore(fd: int, size: int) -> None:
     storage.quietly(storage.fsync, fd)
 
 
-def _recover(fd: int, path: Path) -> bool:
+def _recover(fd: int) -> bool:
     """Find the last whole trailer of a file that does not end with one, and cut behind it."""
     size = os.fstat(fd).st_size
     source = FileSource(fd, size)

@@ -19,6 +19,7 @@ import xxhash
 from ..errors import FormatError
 from . import strict_json
 from .container import (
+    MAX_JSON,
     MAX_METADATA,
     MAX_SECTIONS,
     TENSOR_ALIGNMENT,
@@ -101,6 +102,8 @@ def build_section(
         },
         "metadata",
     )
+    if len(index) > MAX_JSON:
+        raise FormatError("metadata", None, f"provenance and receipt take {len(index)} bytes, {MAX_JSON} at most")
     index_offset = start + len(body)
     body += index
     body += bytes(-len(body) % TENSOR_ALIGNMENT)

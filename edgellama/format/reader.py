@@ -2,7 +2,8 @@
 
 Knows files and maps; the rules are `validate.py`'s. A file is proven against its size first and mapped afterwards, so
 no view and no address exists for a file that is not well-formed. Tensor bytes are not hashed at open (that would read
-gigabytes); `ModelFile.verify` does it.
+gigabytes); `ModelFile.verify` does it. No `madvise`: measured on a cold file, the default read-ahead was as fast as
+MADV_WILLNEED and twice as fast as MADV_SEQUENTIAL, and WILLNEED on 3.6 GB delays the opening.
 """
 
 from __future__ import annotations

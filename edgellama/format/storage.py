@@ -15,6 +15,9 @@ try:
 except ImportError:  # Windows has no flock; see `try_lock`
     fcntl = None  # type: ignore[assignment]
 
+WINDOWS = os.name == "nt"
+"""There an open file can be neither removed nor renamed, and a mapped one not replaced."""
+
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -78,7 +81,7 @@ def unlink(path: Path) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Bring the folder's entries to the disk, so that a rename outlives a power cut. Windows cannot, and need not."""
-    if os.name == "nt":
+    if WINDOWS:
         return
     fd = os.open(folder, os.O_RDONLY | _BINARY)
     try:

@@ -55,7 +55,7 @@ def _remove_if_stale(path: Path) -> None:
     status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode):
         return
-    if os.name == "nt":
+    if storage.WINDOWS:
         if time.time() - status.st_mtime > _STALE_SECONDS:
             storage.unlink(path)
         return

@@ -158,7 +158,7 @@ class ModelWriter:
         """Give up: remove the temporary file. Nothing to do after `finish()`; calling it twice is fine."""
         fd, self._fd = self._fd, None
         temp, self._temp = self._temp, None
-        if fd is not None and os.name == "nt":  # Windows cannot remove an open file; elsewhere the lock guards it
+        if fd is not None and storage.WINDOWS:  # elsewhere the lock guards it until the end
             storage.quietly(storage.close, fd)
             fd = None
         if temp is not None:
@@ -192,7 +192,7 @@ class ModelWriter:
     def _publish(self) -> None:
         """Rename over the destination; if the folder cannot be flushed afterwards, undo that."""
         assert self._temp is not None
-        if os.name == "nt":  # Windows cannot rename an open file
+        if storage.WINDOWS:  # an open file cannot be renamed
             fd, self._fd = self._descriptor(), None
             storage.close(fd)
         destination = self._destination
