@@ -70,7 +70,7 @@ def test_golden_logits_are_worth_comparing():
 SAME_MODEL = {"shards_3", "dynamic_below"}
 
 
-@pytest.mark.parametrize("activation_bits, tie_margin", [(None, 0.0), (8, TIE_MARGIN)])
+@pytest.mark.parametrize("activation_bits, tie_margin", [(None, 0.0), (8, TIE_MARGIN)], ids=["default", "8-bit"])
 @pytest.mark.parametrize("name", CASES)
 def test_cpu_is_close_to_reference(name, activation_bits, tie_margin, model_path):
     """With the activations that models of this width get, and with those of wide ones."""
