@@ -23,9 +23,8 @@ def main() -> None:
                 result = quantize(weights, bits, method)
                 best = min(best, time.thread_time() - started)
             error = (result.squared_error / result.squared_sum) ** 0.5
-            print(
-                f"{method:6} int{bits}: {weights.size / best / 1e6:6.1f} M weights/s/core, relative rms error {error:.5f}"
-            )
+            speed = weights.size / best / 1e6
+            print(f"{method:6} int{bits}: {speed:6.1f} M weights/s/core, relative rms error {error:.5f}")
 
 
 if __name__ == "__main__":
