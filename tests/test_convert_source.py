@@ -110,7 +110,7 @@ def hub(tmp_path, monkeypatch):
     _point_to(monkeypatch, fake.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
     yield fake
     fake.server.shutdown()
     fake.server.server_close()
