@@ -233,6 +233,15 @@ def test_a_failure_at_every_call(tmp_path, monkeypatch, existing, error):
             (tmp_path / leftover).unlink()
 
 
+def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a power cut a name must not lead to bytes that never arrived."""
+    failing = Failing(monkeypatch, None)
+    write_file(tmp_path / "m.edgellama")
+    steps = [name for name in failing.calls if name in ("write", "fsync", "replace", "fsync_folder")]
+    assert steps[-4:] == ["write", "fsync", "replace", "fsync_folder"]
+    assert steps.count("fsync") == steps.count("replace") == 1
+
+
 def test_an_error_of_the_data_is_passed_on(tmp_path):
     """A source that cannot be read must not be reported as a destination that cannot be written."""
 
