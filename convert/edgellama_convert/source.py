@@ -43,6 +43,8 @@ def resolve(
     """Find `source`, downloading it if it is a hub id that is not in the cache. ConvertError if that cannot be done."""
     text = os.fspath(source)
     path = Path(text).expanduser()
+    if not text:
+        raise ConvertError("the source is empty; give a folder, or a hub id like meta-llama/Llama-2-7b-hf")
     if path.is_dir():
         if revision is not None:
             raise ConvertError(f"{text} is a local folder, which has no revisions: leave --revision out")
@@ -142,8 +144,8 @@ class _Hub:
                 f"{repo}{at} is not (completely) in the local Hugging Face cache, and offline mode is on; "
                 "run once without --offline and HF_HUB_OFFLINE"
             )
-        elif isinstance(error, errors.HfHubHTTPError):
-            status = getattr(error.response, "status_code", "?")
+        elif isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+            status = error.response.status_code
             hint = "log in with `hf auth login`" if status in (401, 403) else "try again later"
             problem = f"{repo}: the Hugging Face hub answered {status}; {hint}"
         elif isinstance(error, OSError) and error.errno is not None and error.filename is not None:
