@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import signal
@@ -263,6 +264,15 @@ def test_leaving_without_finish_leaves_nothing(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a mapped file cannot be replaced on Windows")
+def test_a_writer_that_is_dropped_leaves_nothing(tmp_path):
+    """As when Ctrl-C strikes between the constructor and `with`."""
+    writer = ModelWriter(tmp_path / "a.edgellama", CONFIG, lm_head_bits=8, method="rtn")
+    assert temporary_files(tmp_path)
+    del writer
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_replacing_a_file_under_an_open_reader(tmp_path):
     """C4: the reader keeps the bytes it has mapped."""
     path = write_file(tmp_path / "m.edgellama")

@@ -166,6 +166,11 @@ class ModelWriter:
         if fd is not None:
             storage.quietly(storage.close, fd)
 
+    def __del__(self) -> None:
+        # Ctrl-C can strike between the constructor's last step and the `with` that would have cleaned up.
+        if hasattr(self, "_temp"):
+            self.abort()
+
     def __enter__(self) -> ModelWriter:
         return self
 
