@@ -124,7 +124,8 @@ def _make_backend(device: str, file: "ModelFile", n_ctx: int, n_threads: int | N
 def _kernels_are_compiled() -> bool:
     from edgellama.backends.cpu.jit import cache_folder
 
-    return cache_folder().is_dir()
+    # One folder serves the converter's kernels, too: the forward pass is `program`.
+    return next(cache_folder().rglob("program.*.nbi"), None) is not None
 
 
 class Llama:

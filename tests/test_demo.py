@@ -11,7 +11,8 @@ from edgellama.format import open_model
 def tiny_demo(tiny_checkpoint, tmp_path, monkeypatch):
     """The demo over a random checkpoint; returns its home folder."""
     monkeypatch.setattr("edgellama.cli.demo.checkpoint_dir", lambda: tiny_checkpoint)
-    monkeypatch.setenv("EDGELLAMA_HOME", str(tmp_path / "home"))
+    # Not EDGELLAMA_HOME: that would move the compiled kernels, too, and each test would wait for the compiler.
+    monkeypatch.setattr("edgellama.paths.cache_dir", lambda: tmp_path / "home")
     return tmp_path / "home"
 
 
@@ -49,8 +50,7 @@ def test_words_are_not_broken(size):
     assert all(len(line) <= 10 or "very-long" in line for line in "".join(written).splitlines())
 
 
-def test_options(tiny_demo, tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("EDGELLAMA_HOME")  # compiled kernels are there
+def test_options(tiny_demo, tmp_path, capsys):
     out = tmp_path / "mine.edgellama"
     argv = [
         "demo",
@@ -85,7 +85,7 @@ def test_a_file_that_is_not_ours_is_not_replaced(tiny_demo, tmp_path, capsys):
 
 def test_a_home_that_cannot_be_made(tiny_demo, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("EDGELLAMA_HOME", str(tmp_path / "file" / "sub"))
+    monkeypatch.setattr("edgellama.paths.cache_dir", lambda: tmp_path / "file" / "sub")
     assert main(["demo"]) == 1
     out, err = capsys.readouterr()
     assert out == ""

@@ -12,7 +12,7 @@ import edgellama
 from edgellama.errors import ContextError, DeviceError, EdgellamaError
 from edgellama.memory import available_bytes
 from edgellama.model import choose_n_ctx, kv_bytes_per_token
-from edgellama.paths import find_model
+from edgellama.paths import cache_dir, find_model
 from fakes import FakeFile, fake_llama
 
 
@@ -192,6 +192,14 @@ def test_what_is_no_model_file_says_what_to_do(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+def test_the_cache_folder_can_be_moved(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGELLAMA_HOME", str(tmp_path / "x"))
+    assert cache_dir() == tmp_path / "x"
+    monkeypatch.delenv("EDGELLAMA_HOME")
+    assert cache_dir().is_absolute()
+    assert "edgellama" in str(cache_dir())
+
+
 def test_public_names_are_lazy_and_complete():
     code = (
         "import sys, edgellama; heavy = {'numba', 'numpy', 'tokenizers', 'torch', 'jinja2'} & set(sys.modules); "
@@ -228,6 +236,8 @@ def test_cpu_and_reference_agree(tiny_model):
     with edgellama.load(tiny_model, device="reference") as reference, edgellama.load(tiny_model) as cpu:
         expected, got = reference.forward(ids), cpu.forward(ids)
     assert np.abs(got - expected).max() < 0.05 * np.ptp(expected)
+    with edgellama.load(tiny_model) as cpu:
+        assert not any("compiles" in note for note in cpu.notes)  # not the first run any more
 
 
 def test_loading_does_not_read_the_tokenizer(tiny_model, monkeypatch):

@@ -3,7 +3,7 @@
 import argparse
 
 from edgellama.cli import console, options
-from edgellama.cli.progress import Progress
+from edgellama.cli.progress import GETTING_READY, Progress
 
 _DESCRIPTION = "Make one .edgellama file from a Hugging Face Llama checkpoint."
 _EPILOG = """\
@@ -13,9 +13,6 @@ examples: edgellama convert meta-llama/Llama-2-7b-hf -o llama-2-7b.edgellama
 A hub id is fetched through huggingface_hub, with its cache and token (HF_HOME,
 HF_TOKEN). The checkpoint is read tensor by tensor: memory stays far below its
 size. Interrupted, it leaves nothing behind."""
-
-
-_READY = "convert: getting ready (a few seconds more on a machine's first run)"
 
 
 def add_parser(subparsers) -> None:
@@ -42,7 +39,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     from edgellama_convert import convert
 
-    with Progress("convert", unit="weights", quiet=args.quiet, ready_line=_READY) as progress:
+    with Progress("convert", unit="weights", quiet=args.quiet, ready_line=GETTING_READY) as progress:
         try:
             report = convert(
                 args.source,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgellama.cli import console, options
+from edgellama.cli.progress import GETTING_READY, Progress
 from edgellama.cli.reply import stream_reply
 from edgellama.demo import PROMPTS, checkpoint_dir
 
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else cache_dir() / "demo.edgellama"
     out.parent.mkdir(parents=True, exist_ok=True)
     source = Path(checkpoint_dir())
-    report = convert(source, out, offline=True)
+    with Progress("convert", unit="weights", ready_line=GETTING_READY) as progress:
+        report = convert(source, out, offline=True, progress=progress.update)
     console.note(
         f"read   {console.shell_path(source)} "
         f"({console.count(report.weights)} weights, {console.size(report.source_bytes)})"

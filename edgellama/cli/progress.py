@@ -7,6 +7,7 @@ from typing import Any
 from edgellama.cli import console
 
 _LINES = 10
+GETTING_READY = "getting ready (a few seconds more on a machine's first run)"
 
 
 class Progress:
