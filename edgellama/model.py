@@ -64,7 +64,7 @@ def load(
     try:
         n_ctx, notes = choose_n_ctx(file.config, n_ctx, file.size, available_bytes(), device)
         if device != "reference" and not _kernels_are_compiled():
-            notes.append("the first run on a machine compiles its kernels, once: about half a minute")
+            notes.append("first run on this machine: compiling kernels, up to half a minute, once")
         backend = _make_backend(device, file, n_ctx, n_threads)
     except BaseException:
         file.close()
@@ -281,8 +281,9 @@ class Llama:
         )
         if stream:
             return reply
-        for _ in reply:
-            pass
+        with reply:  # an interrupt between two tokens must not leave the model busy
+            for _ in reply:
+                pass
         return reply.result
 
     def close(self) -> None:

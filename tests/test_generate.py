@@ -140,6 +140,22 @@ def test_an_exception_in_the_backend_frees_the_model():
     assert llm.generate("a", 1, temperature=0).text == "b"
 
 
+def test_an_interrupt_frees_the_model_though_its_traceback_lives_on():
+    llm = fake_llama()
+    forward, kept = llm.backend.forward, []
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    llm.backend.forward = interrupted
+    try:
+        llm.generate("a")
+    except KeyboardInterrupt as error:
+        kept.append(error)
+    llm.backend.forward = forward
+    assert llm.generate("a", 1, temperature=0).text == "b"
+
+
 def test_a_prompt_that_does_not_fit_names_both_numbers():
     llm = fake_llama(n_ctx=8)
     with pytest.raises(ContextError, match=r"8 tokens, the context 8"):

@@ -20,7 +20,7 @@ examples: edgellama demo
 Needs no network. The file is written to the user's cache folder (EDGELLAMA_HOME
 moves it; -o names another place)."""
 _MAX_NEW_TOKENS = 260  # at most 15 lines of 80 characters: the demo fits one screen
-_SEED = 7  # a story that ends by itself within that, for the shipped checkpoint
+_SEED = 66  # a story that ends by itself within that, for the shipped checkpoint
 
 
 def add_parser(subparsers) -> None:
