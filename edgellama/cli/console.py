@@ -104,7 +104,10 @@ def is_terminal(stream: IO[str]) -> bool:
 class WordWrap:
     """Writes streamed text so that no word is broken at the terminal's edge; a word appears once it is complete.
 
-    >>> wrap = WordWrap(print_piece, width=10)      # "Once upon", "a time" on two lines
+    >>> wrap = WordWrap(sys.stdout.write, width=10)
+    >>> wrap.push("Once upon a time"); wrap.flush()
+    Once upon
+    a time
     """
 
     def __init__(self, write: Callable[[str], None], width: int):
