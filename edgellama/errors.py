@@ -20,8 +20,8 @@ class EdgellamaError(Exception):
 class FormatError(EdgellamaError):
     """A file that is not a valid `.edgellama` file.
 
-    `field` names the offending part (`"tensors[3].offset"`), `offset` is the byte where it lies, if known; `path` is the
-    file, where there is one.
+    `field` names the offending part (`"tensors[3].offset"`), `offset` is the byte where it lies, if known; `path` is
+    the file, where there is one.
 
     >>> str(FormatError("tensors[3].offset", 128, "must be 4096, got 4095"))
     'tensors[3].offset (byte 128): must be 4096, got 4095'

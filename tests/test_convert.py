@@ -360,3 +360,10 @@ def test_an_error_of_the_operating_system_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("edgellama_convert.conversion.read_files", fail)
     with pytest.raises(ConvertError, match="model: Input/output error"):
         convert(tmp_path / "model", tmp_path / "m.edgellama")
+
+
+def test_the_config_is_kept_but_for_where_it_once_lay(tmp_path):
+    config = make_checkpoint(tmp_path / "model", _name_or_path="/home/somebody/secret-project")
+    with open_model(convert(tmp_path / "model", tmp_path / "m.edgellama").out) as model:
+        assert model.header["config"] == {key: value for key, value in config.items() if key != "_name_or_path"}
+        assert b"somebody" not in (tmp_path / "m.edgellama").read_bytes()

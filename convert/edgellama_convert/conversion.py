@@ -87,7 +87,9 @@ def convert(
         specs = model_tensors(config, lm_head_bits)
         plan = plan_tensors(config, specs, checkpoint.tensors)
         work = _Conversion(checkpoint, specs, plan, method, max_ram, n_threads, files, progress)
-        with work.pipeline, ModelWriter(destination, raw_config, lm_head_bits=lm_head_bits, method=method) as writer:
+        # Where the checkpoint once lay on someone's disk is nobody's business.
+        stored_config = {key: value for key, value in raw_config.items() if key != "_name_or_path"}
+        with work.pipeline, ModelWriter(destination, stored_config, lm_head_bits=lm_head_bits, method=method) as writer:
             work_started = time.perf_counter()
             work.compare_tied()
             for spec in specs:
