@@ -9,6 +9,9 @@ What it does: writes stories; trains a byte-level BPE tokenizer on them; trains 
 stories, one story a row (so that position 0 is always <s>); in the last part of the run the forward pass sees weights
 rounded to int4 (straight-through), so that conversion costs next to nothing; saves everything in Hugging Face layout.
 
+The shipped checkpoint: 53 minutes at 3,400 tokens/s on one shared core (11 million tokens, 2,631 steps, seed 0), then
+`--resume` for 5.5 minutes more (`--rate 7e-4 --seed 100`), after one sentence of the plots had been put right.
+
 With `--minutes` the learning rate follows the clock, so a busy machine does fewer steps; `--steps` gives a run that the
 seed alone decides.
 """
@@ -23,9 +26,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from demo_stories import stories, story
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from demo_stories import stories, story
 
 BOS, EOS = "<s>", "</s>"
 VOCAB_SIZE = 1280
@@ -165,11 +169,20 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path) -> None
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def train(out: Path, *, minutes: float, steps: int, seed: int, save_every: float) -> None:
-    """Run the whole job; every `save_every` minutes `out` holds the averaged weights of the moment."""
+def train(
+    out: Path, *, minutes: float, steps: int, seed: int, rate: float, save_every: float, resume: Path | None = None
+) -> None:
+    """Run the whole job; every `save_every` minutes `out` holds the averaged weights of the moment.
+
+    With `resume`, tokenizer and weights are those of that checkpoint, and all steps see int4 weights.
+    """
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(list(stories(6000, seed + 1)))
-    model = new_model(tokenizer)
+    if resume:
+        tokenizer = Tokenizer.from_file(str(resume / "tokenizer.json"))
+        model = LlamaForCausalLM.from_pretrained(resume, dtype=torch.float32, attn_implementation="eager")
+    else:
+        tokenizer = train_tokenizer(list(stories(6000, seed + 1)))
+        model = new_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.get_vocab_size()} tokens", flush=True)
     stream = batches(tokenizer, random.Random(seed + 2), ROWS)
     held_out_stream = batches(tokenizer, random.Random(seed + 3), ROWS)
@@ -192,16 +205,18 @@ def train(out: Path, *, minutes: float, steps: int, seed: int, save_every: float
         if progress >= 1:
             break
         warm = min(1.0, (step + 1) / 100)
-        rate = 4e-3 * warm * (0.5 + 0.5 * math.cos(math.pi * progress))
+        now = rate * warm * (0.5 + 0.5 * math.cos(math.pi * progress))
         ids, labels = next(stream)
-        with Int4Weights(model, progress >= QAT_FROM):  # straight-through: gradients at the rounded weights
+        with Int4Weights(
+            model, bool(resume) or progress >= QAT_FROM
+        ):  # straight-through: gradients at the rounded weights
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(input_ids=ids, labels=labels).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = now
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -246,11 +261,21 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=55, help="budget of the training loop (default 55)")
     parser.add_argument("--steps", type=int, default=0, help="a fixed number of steps in place of --minutes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate (default 4e-3)")
+    parser.add_argument("--resume", type=Path, help="a checkpoint to go on from, best with a tenth of the rate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-every", type=float, default=8, help="minutes between saves (default 8)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.out, minutes=args.minutes, steps=args.steps, seed=args.seed, save_every=args.save_every)
+    train(
+        args.out,
+        minutes=args.minutes,
+        steps=args.steps,
+        seed=args.seed,
+        rate=args.rate,
+        save_every=args.save_every,
+        resume=args.resume,
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ PROMPTS = (
     "Once upon a time, there was a little robot named Pip.",
     "There once was a brave dragon named Luna.",
     "Lily and Tom were best friends.",
-    "One night, a small owl",
+    "This is the story of a small owl named Bella.",
     "Far away, in a cave at the top of a mountain, there lived",
 )
 
