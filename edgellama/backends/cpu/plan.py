@@ -141,7 +141,9 @@ class Plan:
         p["x_stride"], p["attention_stride"], p["mlp_stride"] = 4 * hidden, 4 * attention_width, 4 * mlp_width
         p["qkv_stride"] = int(p["v_column"]) + 4 * round_up(kv, 16)
         for name in ("x", "qkv", "attention", "mlp"):
-            p[name] = self.zeros(tokens * int(p[f"{name}_stride"]))
+            # Attention reads whole groups of queries, even past the last token.
+            rows = tokens + attention.QUERIES if name == "qkv" else tokens
+            p[name] = self.zeros(rows * int(p[f"{name}_stride"]))
 
         # Each thread's scratch: codes to quantize into, a normalized row, a tile of `up`, and attention's.
         p["normed"] = 256

@@ -185,19 +185,11 @@ def attend_tokens(p, layer, head, first, end, scratch):
                 length = load_i64(p.positions + 8 * token) + 1 if i < n else int64(0)
                 store_i64(lengths + 8 * i, length)
                 store_i64(outs + 8 * i, p.attention + token * p.attention_stride + offset)
+            # Missing queries are read (the buffer has room) and left out; one query alone has a kernel of its own.
+            queries = int64(1) if n == 1 else int64(QUERIES)
             q = p.qkv + t * p.qkv_stride + column
-            if across_tokens:
-                # The stride leads to real rows even where fewer than QUERIES tokens are left.
-                stride = p.qkv_stride if n == QUERIES else int64(0)
-            else:
-                stride = p.head_dim * 4 if n == QUERIES else int64(0)
-            if n == QUERIES:
-                _attend(QUERIES, q, stride, lengths, keys, values, p.head_dim, p.value_stride, outs, own)
-            else:
-                apart = p.qkv_stride if across_tokens else p.head_dim * 4
-                for i in range(n):
-                    _attend(1, q + i * apart, 0, lengths + 8 * i, keys, values, p.head_dim, p.value_stride,
-                            outs + 8 * i, own)  # fmt: skip
+            apart = p.qkv_stride if across_tokens else p.head_dim * 4
+            _attend(queries, q, apart, lengths, keys, values, p.head_dim, p.value_stride, outs, own)
         t += tokens
 
 
