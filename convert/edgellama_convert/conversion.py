@@ -81,7 +81,8 @@ def convert(
     raw_config, config = read_config(origin.folder)
     files = read_files(origin.folder)
     warnings = check_tokenizer(files, config)
-    quantize(np.zeros((1, 1), np.float32), 4, method)  # compiles, before memory is measured and time counted
+    for bits in {4, lm_head_bits} - {16}:
+        quantize(np.zeros((1, 1), np.float32), bits, method)  # compiles, before memory is measured and time counted
 
     with Checkpoint(origin.folder) as checkpoint:
         specs = model_tensors(config, lm_head_bits)

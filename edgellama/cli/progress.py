@@ -21,7 +21,7 @@ class Progress:
         self._ready_line = ready_line
         self._bar: Any = None
         self._shown = 0
-        self._begun = time.monotonic()
+        self._first: tuple[int, float] | None = None  # what was done at the first update, and when it was
 
     def __enter__(self) -> "Progress":
         self._show_ready_line(self._ready_line)
@@ -69,11 +69,14 @@ class Progress:
         self._bar.update(done - self._bar.n)
 
     def _update_lines(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._first is None:  # compiling came before: it says nothing about the speed
+            self._first = done, now
         step = done * _LINES // total
         if step <= self._shown:
             return
         self._shown = step
-        spent = time.monotonic() - self._begun
-        left = spent * (total - done) / done
+        spent = now - self._first[1]
+        left = spent * (total - done) / max(done - self._first[0], 1)
         if spent >= 1 or left >= 1:  # what is over at once needs no log
             console.note(f"{self._what}: {done * 100 // total} %, {console.seconds(left)} left")
