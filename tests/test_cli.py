@@ -230,7 +230,7 @@ def test_progress_in_a_log_is_a_few_plain_lines(capsys, monkeypatch):
             progress.update(done, 1000)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10
-    assert lines[0] == "convert: 10 %, 1 min 31 s left"
+    assert lines[0] == "convert: 10 %, 1 min 30 s left"
     assert lines[-1] == "convert: 100 %, 0 ms left"
 
 
