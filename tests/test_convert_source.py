@@ -3,6 +3,9 @@
 import hashlib
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -185,6 +188,24 @@ def test_no_network(hub, monkeypatch):
     _point_to(monkeypatch, "http://127.0.0.1:9")
     message = refusal(REPO)
     assert "cannot be reached" in message and "check the connection, or give a local folder" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "expected"),
+    [
+        ([], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hugging Face hub cannot be reached"),
+        ([], {"HF_HUB_OFFLINE": "1"}, "offline mode is on"),
+        (["--offline"], {}, "offline mode is on"),
+    ],
+)
+def test_a_hub_id_in_a_process_of_its_own(tmp_path, options, environment, expected):
+    """huggingface_hub imports its submodules lazily: whether they are there shows in a fresh process only."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_TOKEN": "", **environment}
+    command = [sys.executable, "-m", "edgellama", "convert", REPO, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"edgellama: error: {REPO}") and expected in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from edgellama import __version__
 from edgellama.backends.cpu.threads import default_threads
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError, FormatError, TokenizerError
@@ -282,12 +282,5 @@ def _provenance(origin: Source, checkpoint: Checkpoint, raw_files: Mapping[str, 
         "source": origin.name,
         "commit": origin.commit,
         "files": sources,
-        "converter": f"edgellama {_version()}",
+        "converter": f"edgellama {__version__}",
     }
-
-
-def _version() -> str:
-    try:
-        return metadata.version("edgellama")
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -64,7 +64,10 @@ class _Hub:
     """One download from the Hugging Face hub, or from its cache."""
 
     def __init__(self, repo: str, revision: str | None, token: str | None, offline: bool):
-        import huggingface_hub  # half a second, needed by hub ids only
+        # Half a second, needed by hub ids only. Submodules are not there before somebody imports them.
+        import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
 
         self.library = huggingface_hub
         self.repo, self.revision, self.token = repo, revision, token
@@ -210,5 +213,7 @@ def _close_folder(path: Path) -> Path | None:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The first line of its message, which names the cause; huggingface_hub's advice follows it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = " ".join(lines[0].removeprefix("Got: ").split())
     return text if len(text) <= 150 else f"{text[:147]}..."
