@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import edgellama
-from edgellama.cli import console, convert, demo, export, generate, info, verify
+from edgellama.cli import bench, console, convert, demo, export, generate, info, verify
 
-_VERBS = (demo, convert, generate, info, verify, export)
+_VERBS = (demo, convert, generate, bench, info, verify, export)
 _DESCRIPTION = "Run Llama models on your own machine: one int4 file, from Python, on any CPU."
 _EPILOG = """\
 try it:  edgellama demo
