@@ -61,18 +61,32 @@ class Product:
         m["kernel_one"], m["kernel_tile"] = (k.address for k in KERNELS[self.bits, self.parts])
         return m
 
+    def pack(self, tile: int) -> dict[str, np.ndarray]:
+        """The activations packed in tiles of `tile` tokens: the arrays of a PACK by name."""
+        rows, groups = -(-self.tokens // tile) * tile, self.k // 128
+        arrays = {
+            "codes": np.zeros(rows * self.k * self.parts, np.int8),
+            "scales": np.zeros(rows * groups, np.float32),
+            "sums": np.zeros(rows * groups * self.parts, np.int32),
+            "values": np.zeros(rows * self.k, np.float32),
+        }
+        pack, scratch = self._record(arrays, tile), np.zeros(256, np.uint8)
+        run_pack(self.x.ctypes.data, groups, pack, self.tokens, scratch.ctypes.data)
+        return arrays
+
+    def _record(self, arrays: dict[str, np.ndarray], tile: int) -> np.ndarray:
+        pack = np.zeros(1, PACK)
+        pack["tile"], pack["parts"] = tile, self.parts
+        for name, array in arrays.items():
+            pack[name] = array.ctypes.data if name != "values" or self.bits == 16 else 0
+        return pack
+
     def run(self, tile: int, bias: bool = False, add: np.ndarray | None = None) -> np.ndarray:
         """float32 [tokens, out_features] by the kernels, tokens in tiles of `tile` (1 or TILE_TOKENS[parts])."""
         tiles = -(-self.tokens // tile)
-        rows, groups = tiles * tile, self.k // 128
-        codes, sums = np.zeros(rows * self.k * self.parts, np.int8), np.zeros(rows * groups * self.parts, np.int32)
-        scales, values = np.zeros(rows * groups, np.float32), np.zeros(rows * self.k, np.float32)
-        pack, scratch = np.zeros(1, PACK), np.zeros(256, np.uint8)
-        pack["tile"], pack["parts"], pack["codes"] = tile, self.parts, codes.ctypes.data
-        pack["scales"], pack["sums"] = scales.ctypes.data, sums.ctypes.data
-        pack["values"] = values.ctypes.data if self.bits == 16 else 0
-        run_pack(self.x.ctypes.data, groups, pack, self.tokens, scratch.ctypes.data)
-        out = np.zeros((rows, self.n), np.float32)
+        arrays = self.pack(tile)
+        pack = self._record(arrays, tile)
+        out = np.zeros((tiles * tile, self.n), np.float32)
         if add is not None:
             out[: self.tokens, : self.shape[0]] = add
         counter, matrix, adds = np.zeros(1, np.int64), self.matrix(bias), 0 if add is None else 1

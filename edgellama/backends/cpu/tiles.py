@@ -85,7 +85,7 @@ def _emit_epilogue(b, acc, bias, out, out_stride, add, first) -> None:
 
 
 def _int_tile(bits: int, parts: int, tokens: int, step: int):
-    """A kernel body for int4 or int8 weights and `tokens` tokens of `parts` parts, `step` row blocks at a time."""
+    """What emits a kernel for int4 or int8 weights and `tokens` tokens of `parts` parts, `step` row blocks at a time."""
     zero = -8 if bits == 4 else INT8_ZERO_IN_DOT
     lines = 16 if bits == 4 else 32
     group_bytes = 64 * lines
@@ -132,12 +132,11 @@ def _int_tile(bits: int, parts: int, tokens: int, step: int):
 
         _emit_over_blocks(b, blocks, step, one_step)
 
-    tile.__name__ = f"int{bits}_tile_{parts}x{tokens}"
-    return vector_intrinsic(types.void, *[ADDRESS] * ARGUMENTS)(tile)
+    return tile
 
 
 def _f16_tile(tokens: int):
-    """A kernel body for 16-bit weights (`f16.r16`) and float32 values.
+    """What emits a kernel for 16-bit weights (`f16.r16`) and float32 values.
 
     Four partial sums (K is a multiple of 128), added in a fixed order, hide the latency of fma.
     """
@@ -161,16 +160,36 @@ def _f16_tile(tokens: int):
 
         _emit_over_blocks(b, blocks, 1, one_step)
 
-    tile.__name__ = f"f16_tile_{tokens}"
-    return vector_intrinsic(types.void, *[ADDRESS] * ARGUMENTS)(tile)
+    return tile
 
 
-_COARSE, _FINE = TILE_TOKENS[1], TILE_TOKENS[2]
-_int4_one, _int4_tile = _int_tile(4, 1, 1, 1), _int_tile(4, 1, _COARSE, TARGET.tile_blocks)
-_int8_one, _int8_tile = _int_tile(8, 1, 1, 1), _int_tile(8, 1, _COARSE, TARGET.tile_blocks)
-_int4_fine_one, _int4_fine_tile = _int_tile(4, 2, 1, 1), _int_tile(4, 2, _FINE, TARGET.tile_blocks)
-_int8_fine_one, _int8_fine_tile = _int_tile(8, 2, 1, 1), _int_tile(8, 2, _FINE, TARGET.tile_blocks)
-_f16_one, _f16_tile_coarse, _f16_tile_fine = _f16_tile(1), _f16_tile(_COARSE), _f16_tile(_FINE)
+EMITTERS = {
+    f"{weights}_{name}": emitter
+    for parts, fine in ((1, ""), (2, "fine_"))
+    for weights, name, emitter in (
+        ("int4", f"{fine}one", _int_tile(4, parts, 1, 1)),
+        ("int4", f"{fine}tile", _int_tile(4, parts, TILE_TOKENS[parts], TARGET.tile_blocks)),
+        ("int8", f"{fine}one", _int_tile(8, parts, 1, 1)),
+        ("int8", f"{fine}tile", _int_tile(8, parts, TILE_TOKENS[parts], TARGET.tile_blocks)),
+        ("f16", "one", _f16_tile(1)),
+        ("f16", f"{fine}tile", _f16_tile(TILE_TOKENS[parts])),
+    )
+}
+"""What writes each kernel's IR: (builder, the eleven arguments)."""
+
+
+def _intrinsic(name: str):
+    """The body of a kernel for jitted code."""
+    emitter = EMITTERS[name]
+    emitter.__name__ = f"emit_{name}"
+    return vector_intrinsic(types.void, *[ADDRESS] * ARGUMENTS)(emitter)
+
+
+_int4_one, _int4_tile = _intrinsic("int4_one"), _intrinsic("int4_tile")
+_int8_one, _int8_tile = _intrinsic("int8_one"), _intrinsic("int8_tile")
+_int4_fine_one, _int4_fine_tile = _intrinsic("int4_fine_one"), _intrinsic("int4_fine_tile")
+_int8_fine_one, _int8_fine_tile = _intrinsic("int8_fine_one"), _intrinsic("int8_fine_tile")
+_f16_one, _f16_tile_coarse, _f16_tile_fine = _intrinsic("f16_one"), _intrinsic("f16_tile"), _intrinsic("f16_fine_tile")
 
 
 @Native
