@@ -122,7 +122,7 @@ def _make_backend(device: str, file: "ModelFile", n_ctx: int, n_threads: int | N
 
 
 def _kernels_are_compiled() -> bool:
-    from edgellama.backends.cpu.jit import cache_folder
+    from edgellama.backends.cpu.code_cache import cache_folder
 
     # One folder serves the converter's kernels, too: the forward pass is `program`.
     return next(cache_folder().rglob("program.*.nbi"), None) is not None

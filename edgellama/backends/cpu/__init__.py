@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import typeof
 
 from ...errors import CancelledError
 from ...format import ModelFile
@@ -10,7 +11,8 @@ from ...kv_cache import KVCache
 from ...quant import round_up
 from ...rope import cos_sin
 from .. import check_batch
-from .plan import CANCEL, Plan
+from .jit import prepare
+from .plan import BARRIER, CANCEL, Plan
 from .program import forward
 from .sync import LINE
 from .team import Team
@@ -47,7 +49,9 @@ class CpuBackend:
             activation_bits = 15 if self.config.hidden_size < FINE_BELOW else 8
         self._plan = Plan(model_file, self._cache, self.n_threads, self._chunk, {8: 1, 15: 2}[activation_bits])
         self._team = Team(self.n_threads)
+        self._loaded = False
         self._record = self._plan.record[0]
+        self._prepared = False
         # Inputs of one chunk, filled in place: the program knows their addresses.
         half = self.config.head_dim // 2
         self._tokens = np.zeros(self._chunk, np.int32)
@@ -62,6 +66,7 @@ class CpuBackend:
         tokens, positions, slots, rows = check_batch(
             tokens, positions, slots, rows, vocab_size=self.config.vocab_size, backend=self
         )
+        self.prepare()
         lengths = np.zeros(self.n_slots, np.int64)
         np.maximum.at(lengths, slots, positions + 1)
         # Whole row blocks and token tiles are stored, so the last ones need room.
@@ -76,6 +81,14 @@ class CpuBackend:
             done = upto
         return logits[: len(rows), : self.config.vocab_size]
 
+    def prepare(self) -> None:
+        """Compile the kernels, or load them from the cache; the first `forward` does it otherwise."""
+        if not self._prepared:
+            plan = self._plan
+            plan.link()
+            prepare(forward, plan.record, plan.layers, plan.packs, 0)
+            self._prepared = True
+
     def _load(self, tokens, positions, slots, rows, lengths) -> None:
         """Put one chunk's inputs where the program looks for them."""
         n = len(tokens)
@@ -89,10 +102,23 @@ class CpuBackend:
     def _run(self, logits: np.ndarray) -> None:
         self._record["logits"], self._record["logits_stride"] = logits.ctypes.data, logits.strides[0]
         plan = self._plan
+        if not self._loaded:  # compiled, or read from the cache, before the team starts: Ctrl-C ends that at once
+            forward.compile(tuple(typeof(each) for each in (plan.record, plan.layers, plan.packs, 0)))
+            self._loaded = True
         plan.control[CANCEL * LINE // 8 + 1 :] = 0
-        if not self._team.run(lambda rank: forward(plan.record, plan.layers, plan.packs, rank)):
+        try:
+            whole = self._team.run(lambda rank: forward(plan.record, plan.layers, plan.packs, rank), self._must_join)
+        except BaseException:
+            plan.control[CANCEL * LINE // 8] = 0
+            raise
+        if not whole:
             plan.control[CANCEL * LINE // 8] = 0
             raise CancelledError("the forward pass was cancelled; what was computed before stays in the cache")
+
+    def _must_join(self) -> bool:
+        """After an interrupt: True if nobody has passed a barrier, which takes all. The pass is to end soon."""
+        self.cancel()
+        return bool(self._plan.control[(BARRIER + 1) * LINE // 8] == 0)
 
     def cancel(self) -> None:
         """Make a `forward` that runs in another thread raise CancelledError within one layer of one chunk."""

@@ -27,10 +27,8 @@ def _int64s(names: str):
 
 # A matrix: addresses (bias 0: none), and its size in row blocks and groups; bits 4, 8, 16 (or 0: see embed).
 MATRIX = _record(**_int64s("bits weights scales bias blocks groups kernel_one kernel_tile"))
-LAYER = _record(
-    **_int64s("input_norm post_norm keys values"),
-    **{name: MATRIX for name in ("q", "k", "v", "o", "gate", "up", "down")},
-)
+_LAYER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+LAYER = _record(**_int64s("input_norm post_norm keys values"), **{name: MATRIX for name in _LAYER_MATRICES})
 # Activations made ready for a matrix: see `matmul`. Pack i < n_threads is thread i's own, for one token.
 PACK = _record(**_int64s("tile parts codes scales sums values"))
 PLAN = _record(
@@ -102,9 +100,15 @@ class Plan:
         n, k = padded_shape(*entry.shape)
         scales = file.address(f"{name}.scales") if quantized else 0
         bias = self._vector(f"{name}.bias", n) if f"{name}.bias" in file.tensors else 0
-        bits = _BITS[entry.layout]
-        kernels = [k.address for k in KERNELS[bits, self.parts]] if bits else [0, 0]
-        return bits, file.address(entry.name), scales, bias, n // 16, k // 128, *kernels
+        return _BITS[entry.layout], file.address(entry.name), scales, bias, n // 16, k // 128, 0, 0
+
+    def link(self) -> None:
+        """Put the addresses of the tile kernels into the matrices' records; compiles those that are needed."""
+        matrices = [self.layers[name] for name in _LAYER_MATRICES] + [self.record["head"]]
+        for records in matrices:
+            for record in records:
+                one, tile = KERNELS[int(record["bits"]), self.parts]
+                record["kernel_one"], record["kernel_tile"] = one.address, tile.address
 
     def _vector(self, name: str, length: int) -> int:
         """The address of a float32 vector of the file, copied and padded with zeros to `length`."""

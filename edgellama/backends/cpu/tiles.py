@@ -85,7 +85,7 @@ def _emit_epilogue(b, acc, bias, out, out_stride, add, first) -> None:
 
 
 def _int_tile(bits: int, parts: int, tokens: int, step: int):
-    """What emits a kernel for int4 or int8 weights and `tokens` tokens of `parts` parts, `step` row blocks at a time."""
+    """What emits a kernel for int4 or int8 weights, `tokens` tokens of `parts` parts, `step` row blocks at a time."""
     zero = -8 if bits == 4 else INT8_ZERO_IN_DOT
     lines = 16 if bits == 4 else 32
     group_bytes = 64 * lines
