@@ -4,6 +4,7 @@ How close it is to the oracle on every kind of model: test_oracle.
 """
 
 import os
+import signal
 import threading
 
 import numpy as np
@@ -165,6 +166,27 @@ def test_cancel_from_another_thread_stops_and_the_backend_goes_on(model_file):
     thread.join(timeout=60)
     assert not thread.is_alive() and len(raised) == 1
     assert (run(backend, tokens[:20]) == expected).all()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer signals on this platform")
+def test_an_interrupt_at_any_moment_neither_hangs_nor_harms_the_next_call(model_file):
+    """Rank 0 may be interrupted before it joins the others, who wait for it at a barrier, or after the pass."""
+    backend, tokens = CpuBackend(model_file("gqa"), 64, n_threads=2), tokens_of(20)
+    expected = run(backend, tokens)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupted = 0
+    try:
+        for delay in np.random.default_rng(0).uniform(5e-6, 1e-3, 400):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                while True:
+                    run(backend, tokens[:1])
+            except KeyboardInterrupt:
+                interrupted += 1
+            assert (run(backend, tokens) == expected).all()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted == 400
 
 
 def test_indices_out_of_range_never_reach_a_kernel(model_file):

@@ -19,7 +19,10 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2
 
 
 def prepare_streams() -> None:
-    """A character the terminal cannot show becomes `?`, never an exception; a closed stream is /dev/null."""
+    """A character the terminal cannot show becomes `?`, never an exception; a closed stream is /dev/null.
+
+    A Ctrl-C that hits where Python cannot raise (a callback of C code, a finalizer) is not told with a traceback.
+    """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (for the process's life)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -27,6 +30,12 @@ def prepare_streams() -> None:
         if reconfigure:
             with contextlib.suppress(OSError, ValueError):
                 reconfigure(errors="replace")
+    sys.unraisablehook = _tell_unless_interrupt
+
+
+def _tell_unless_interrupt(event: Any) -> None:
+    if not isinstance(event.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(event)
 
 
 def note(text: str = "") -> None:

@@ -23,10 +23,10 @@ def stream_reply(stream: "Stream", write: Callable[[str], None]) -> int:
 
     def on_interrupt(*_: object) -> None:
         nonlocal interrupted
-        if interrupted or not stream.token_ids:
+        again, interrupted = interrupted, True
+        stream.cancel()  # first: what is raised inside a callback of C code is lost
+        if again or not stream.token_ids:
             raise KeyboardInterrupt
-        interrupted = True
-        stream.cancel()
 
     with _on_interrupt(on_interrupt, stream):
         for piece in stream:

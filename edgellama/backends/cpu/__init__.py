@@ -40,16 +40,17 @@ class CpuBackend:
         n_threads: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         activation_bits: int | None = None,
+        kv_cache: str = "float16",
     ):
         self.config, self.n_ctx, self.n_slots = model_file.config, n_ctx, n_slots
         self.n_threads = min(n_threads or default_threads(), MAX_THREADS)
         self._chunk = min(prefill_chunk, n_ctx * n_slots)
-        self._cache = KVCache(self.config, n_ctx, n_slots)
+        self._cache = KVCache(self.config, n_ctx, n_slots, kv_cache)
         if activation_bits is None:
             activation_bits = 15 if self.config.hidden_size < FINE_BELOW else 8
         self._plan = Plan(model_file, self._cache, self.n_threads, self._chunk, {8: 1, 15: 2}[activation_bits])
         self._team = Team(self.n_threads)
-        self._loaded = False
+        self._loaded, self._barriers_before = False, 0
         self._record = self._plan.record[0]
         self._prepared = False
         # Inputs of one chunk, filled in place: the program knows their addresses.
@@ -106,6 +107,7 @@ class CpuBackend:
             forward.compile(tuple(typeof(each) for each in (plan.record, plan.layers, plan.packs, 0)))
             self._loaded = True
         plan.control[CANCEL * LINE // 8 + 1 :] = 0
+        self._barriers_before = self._barriers_passed()
         try:
             whole = self._team.run(lambda rank: forward(plan.record, plan.layers, plan.packs, rank), self._must_join)
         except BaseException:
@@ -118,7 +120,10 @@ class CpuBackend:
     def _must_join(self) -> bool:
         """After an interrupt: True if nobody has passed a barrier, which takes all. The pass is to end soon."""
         self.cancel()
-        return bool(self._plan.control[(BARRIER + 1) * LINE // 8] == 0)
+        return self._barriers_passed() == self._barriers_before
+
+    def _barriers_passed(self) -> int:
+        return int(self._plan.control[(BARRIER + 1) * LINE // 8])
 
     def cancel(self) -> None:
         """Make a `forward` that runs in another thread raise CancelledError within one layer of one chunk."""
