@@ -66,6 +66,7 @@ VOCABULARY = {
     "store_i32": _storer(_i32, 1),
     "store_i64": _storer(np.int64, 1),
     "store_f16": _storer(np.float16, 1),
+    "store_i8": lambda address, value: _storer(np.int8, 1)(address, np.rint(value)),
     "vstore": _storer(_f32, 16),
     "vstore_f16": _storer(np.float16, 16),
     "vstore_i8": _storer(np.int8, 16),
@@ -90,12 +91,13 @@ VOCABULARY = {
 }
 
 
-def _scores(queries, parts):
+def _scores(dtype, queries, parts):
     def scores(q, q_stride, keys, head_dim, out):
+        nbytes = np.dtype(dtype).itemsize
         for i in range(queries):
             x = _view(q + i * q_stride, _f32, head_dim)
             for part in range(parts):
-                lines = _view(keys + part * head_dim * 32, np.float16, head_dim * 16).astype(_f32)
+                lines = _view(keys + part * head_dim * 16 * nbytes, dtype, head_dim * 16).astype(_f32)
                 acc = np.zeros(16, _f32)
                 for d in range(head_dim):
                     acc = _fma(lines[16 * d : 16 * d + 16], np.full(16, x[d]), acc)
@@ -104,24 +106,34 @@ def _scores(queries, parts):
     return scores
 
 
-def _mix(queries, chunks):
+def _mix(dtype, queries, chunks):
     def mix(weights, values, value_stride, positions, out, out_stride):
         for i in range(queries):
             target = _view(out + i * out_stride, _f32, 16 * chunks)
             for p in range(positions):
-                row = _view(values + p * value_stride * 2, np.float16, 16 * chunks).astype(_f32)
+                row = _view(values + p * value_stride * np.dtype(dtype).itemsize, dtype, 16 * chunks).astype(_f32)
                 target[:] = _fma(row, np.full(16 * chunks, _view(weights + i * 256 + 4 * p, _f32, 1)[0]), target)
 
     return mix
 
 
+ATTENTION = {
+    kind: (_scores(t, 1, 4), _scores(t, 4, 2), _mix(t, 1, 4), _mix(t, 1, 1), _mix(t, 4, 2), _mix(t, 4, 1))
+    for kind, t in (("float16", np.float16), ("int8", np.int8))
+}
+"""The kernels that attention calls by address, in the order of its KERNEL_FIELDS."""
+
+_BY_ADDRESS = [function for functions in ATTENTION.values() for function in functions]
+
+
+def attention_addresses(kind: str) -> list[int]:
+    """Stand-ins for addresses, which the emulated calls understand."""
+    return [_BY_ADDRESS.index(function) for function in ATTENTION[kind]]
+
+
 TILES = {
-    "_scores_one": _scores(1, 4),
-    "_scores_four": _scores(4, 2),
-    "_mix_one": _mix(1, 4),
-    "_mix_one_narrow": _mix(1, 1),
-    "_mix_four": _mix(4, 2),
-    "_mix_four_narrow": _mix(4, 1),
+    "call_scores": lambda address, *args: _BY_ADDRESS[address](*args),
+    "call_mix": lambda address, *args: _BY_ADDRESS[address](*args),
 }
 
 

@@ -18,6 +18,7 @@ from edgellama.backends.cpu import CpuBackend
 from edgellama.backends.reference import ReferenceBackend
 from edgellama.errors import CancelledError, ContextError
 from edgellama.format import open_model
+from edgellama.kv_cache import bytes_per_position
 from edgellama_convert import convert
 
 VOCAB = 277
@@ -208,3 +209,23 @@ def test_a_forked_child_can_run_the_model(model_file):
     if pid == 0:  # the child has no threads but this one: it must start its own
         os._exit(0 if (run(backend, tokens) == expected).all() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_int8_cache_keeps_the_bits_and_the_distribution(model_file, kind):
+    file, tokens = model_file(kind), tokens_of(150)
+    expected = run(CpuBackend(file, 256, n_threads=1, kv_cache="int8"), tokens)
+    chunked = CpuBackend(file, 256, n_threads=3, prefill_chunk=7, kv_cache="int8")
+    assert (run(chunked, tokens) == expected).all()
+    stepped = CpuBackend(file, 256, n_slots=2, n_threads=2, kv_cache="int8")
+    parts = [run(stepped, tokens[:100], slot=1), *(run(stepped, tokens[i : i + 1], i, slot=1) for i in range(100, 150))]
+    assert (np.concatenate(parts) == expected).all()
+    exact = run(ReferenceBackend(file, 256), tokens)
+    assert 0 < kl_divergence(exact, expected) <= MAX_KL
+
+
+def test_an_int8_cache_takes_about_half_the_memory(model_file):
+    file = model_file("gqa")
+    half, whole = (CpuBackend(file, 1024, kv_cache=kind)._cache.nbytes for kind in ("int8", "float16"))
+    assert whole == 1024 * bytes_per_position(file.config)
+    assert half == 1024 * bytes_per_position(file.config, "int8") < 0.6 * whole

@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip("numba")
 from edgellama import quant
 from edgellama.backends.cpu import attention, vector_ops
-from edgellama.backends.cpu.plan import MATRIX, PACK
-from edgellama.kv_cache import aligned_zeros
-from simd_emulation import interpreted
+from edgellama.backends.cpu.plan import MATRIX, PACK, PLAN
+from edgellama.kv_cache import ELEMENT_BYTES, aligned_zeros
+from simd_emulation import attention_addresses, interpreted
 
 WAYS = {"compiled": lambda kernel: kernel, "interpreted": interpreted}
 both_ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -118,48 +118,67 @@ def test_gate(way, activation):
     np.testing.assert_allclose(h, exact, rtol=16 * EPS, atol=1e-6)
 
 
-class Cache:
-    """Keys and values of one head, written by the kernels' own store functions."""
+class Head:
+    """The cache of one KV head, written by the kernels' own store functions, and attention over it."""
 
-    def __init__(self, positions: int, head_dim: int, way):
-        self.head_dim, self.stride = head_dim, quant.round_up(head_dim, 16)
-        room = quant.round_up(positions, 64)
-        self.k = floats(positions * head_dim, 1).reshape(positions, head_dim)
-        self.v = floats(positions * head_dim, 2).reshape(positions, head_dim)
-        self.keys = aligned_zeros(room * head_dim * 2)
-        self.values = aligned_zeros(room * self.stride * 2)
+    def __init__(self, positions: int, head_dim: int, kind: str, way):
+        self.head_dim, self.stride, self.way = head_dim, quant.round_up(head_dim, 16), way
+        room, nbytes = quant.round_up(positions, 64), ELEMENT_BYTES[kind]
+        k, v = (floats(positions * head_dim, seed).reshape(positions, head_dim) for seed in (1, 2))
+        self.keys, self.values = aligned_zeros(room * head_dim * nbytes), aligned_zeros(room * self.stride * nbytes)
+        self.key_scales, self.value_scales = np.zeros(room, np.float32), np.zeros(room, np.float32)
         for p in range(positions):
-            way(vector_ops.store_key)(address(self.k[p]), address(self.keys), p, head_dim)
-            way(vector_ops.store_value)(address(self.v[p]), address(self.values), p, head_dim, self.stride)
+            if kind == "float16":
+                way(vector_ops.store_key)(address(k[p]), address(self.keys), p, head_dim)
+                way(vector_ops.store_value)(address(v[p]), address(self.values), p, head_dim, self.stride)
+            else:
+                scales = address(self.key_scales), address(self.value_scales)
+                way(vector_ops.store_key_int8)(address(k[p]), address(self.keys), scales[0], p, head_dim)
+                way(vector_ops.store_value_int8)(
+                    address(v[p]), address(self.values), scales[1], p, head_dim, self.stride
+                )
+        self.k, self.v = (a.astype(np.float16) if kind == "float16" else self.rounded(a) for a in (k, v))
+        self.plan = np.zeros(1, PLAN)
+        self.plan["kv_bytes"], self.plan["head_dim"], self.plan["value_stride"] = nbytes, head_dim, self.stride
+        addresses = [native.address for native in attention.KERNELS[kind]]
+        if way is interpreted:
+            addresses = attention_addresses(kind)
+        for field, where in zip(attention.KERNEL_FIELDS, addresses, strict=True):
+            self.plan[field] = where
 
-    def attend(self, way, q: np.ndarray, lengths: list[int]) -> np.ndarray:
+    @staticmethod
+    def rounded(a: np.ndarray) -> np.ndarray:
+        """What int8 with absmax / 127 makes of each position."""
+        top = np.abs(a).max(axis=1, keepdims=True)
+        return np.rint(a * (np.float32(127) / top)) * (top / np.float32(127))
+
+    def attend(self, q: np.ndarray, lengths: list[int]) -> np.ndarray:
         out = np.zeros_like(q)
         outs = np.array([address(out) + 4 * self.head_dim * i for i in range(len(q))], np.int64)
         seen, scratch = np.array(lengths, np.int64), aligned_zeros(attention.scratch_bytes(self.stride))
-        way(attention.attend)(
-            len(q), address(q), 4 * self.head_dim, address(seen), address(self.keys), address(self.values),
-            self.head_dim, self.stride, address(outs), address(scratch),
-        )  # fmt: skip
+        cache = [address(a) for a in (self.keys, self.values, self.key_scales, self.value_scales)]
+        plan = self.plan.view(np.recarray)[0]
+        arguments = len(q), address(q), 4 * self.head_dim, address(seen), *cache, address(outs), address(scratch)
+        self.way(attention.attend)(plan, *arguments)
         return out
 
     def expected(self, q: np.ndarray, lengths: list[int]) -> np.ndarray:
         out = np.zeros(q.shape)
         for i, n in enumerate(lengths):
-            scores = self.k[:n].astype(np.float16).astype(np.float64) @ q[i]
+            scores = self.k[:n].astype(np.float64) @ q[i]
             weights = np.exp(scores - scores.max())
-            out[i] = weights / weights.sum() @ self.v[:n].astype(np.float16).astype(np.float64)
+            out[i] = weights / weights.sum() @ self.v[:n].astype(np.float64)
         return out
 
 
-@pytest.mark.parametrize(
-    ("way", "positions"), [(WAYS["compiled"], 2100), (WAYS["interpreted"], 150)], ids=["compiled", "interpreted"]
-)
+@pytest.mark.parametrize("kind", ["float16", "int8"])
 @pytest.mark.parametrize("head_dim", [20, 64])
-def test_attention(way, positions, head_dim):
-    cache = Cache(positions, head_dim, way)
+@pytest.mark.parametrize(("way", "positions"), [("compiled", 2100), ("interpreted", 150)])
+def test_attention(way, positions, head_dim, kind):
+    head = Head(positions, head_dim, kind, WAYS[way])
     q = (floats(4 * head_dim, 3) / math.sqrt(head_dim)).reshape(4, head_dim)
     lengths = [positions, positions - 1, positions // 2, 1]
-    four = cache.attend(way, q, lengths)
-    np.testing.assert_allclose(four, cache.expected(q, lengths), atol=positions * EPS)
+    four = head.attend(q, lengths)
+    np.testing.assert_allclose(four, head.expected(q, lengths), atol=positions * EPS)
     for i in range(4):
-        assert (cache.attend(way, q[i : i + 1], lengths[i : i + 1]) == four[i]).all(), "a query alone has the same bits"
+        assert (head.attend(q[i : i + 1], lengths[i : i + 1]) == four[i]).all(), "a query alone has the same bits"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import typeof
 
 from ...errors import CancelledError
 from ...format import ModelFile
@@ -50,9 +49,8 @@ class CpuBackend:
             activation_bits = 15 if self.config.hidden_size < FINE_BELOW else 8
         self._plan = Plan(model_file, self._cache, self.n_threads, self._chunk, {8: 1, 15: 2}[activation_bits])
         self._team = Team(self.n_threads)
-        self._loaded, self._barriers_before = False, 0
         self._record = self._plan.record[0]
-        self._prepared = False
+        self._prepared, self._barriers_before = False, 0
         # Inputs of one chunk, filled in place: the program knows their addresses.
         half = self.config.head_dim // 2
         self._tokens = np.zeros(self._chunk, np.int32)
@@ -83,7 +81,10 @@ class CpuBackend:
         return logits[: len(rows), : self.config.vocab_size]
 
     def prepare(self) -> None:
-        """Compile the kernels, or load them from the cache; the first `forward` does it otherwise."""
+        """Compile the kernels, or load them from the cache; the first `forward` does it otherwise.
+
+        Before the team starts, so that Ctrl-C ends it at once.
+        """
         if not self._prepared:
             plan = self._plan
             plan.link()
@@ -103,9 +104,6 @@ class CpuBackend:
     def _run(self, logits: np.ndarray) -> None:
         self._record["logits"], self._record["logits_stride"] = logits.ctypes.data, logits.strides[0]
         plan = self._plan
-        if not self._loaded:  # compiled, or read from the cache, before the team starts: Ctrl-C ends that at once
-            forward.compile(tuple(typeof(each) for each in (plan.record, plan.layers, plan.packs, 0)))
-            self._loaded = True
         plan.control[CANCEL * LINE // 8 + 1 :] = 0
         self._barriers_before = self._barriers_passed()
         try:

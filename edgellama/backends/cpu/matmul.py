@@ -15,7 +15,7 @@ from __future__ import annotations
 from numba import types
 
 from .jit import kernel
-from .simd import ADDRESS, I64, ir, vector_intrinsic
+from .simd import ADDRESS, emit_native_call, vector_intrinsic
 from .sync import fetch_add
 from .tiles import ARGUMENTS
 
@@ -26,9 +26,7 @@ L2_CHUNK = 256 * 1024
 @vector_intrinsic(types.void, *[ADDRESS] * (ARGUMENTS + 1))
 def call_tile(b, address, weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
     """Call a kernel of `tiles` by its address."""
-    args = [weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks]
-    function = ir.FunctionType(ir.VoidType(), [I64] * ARGUMENTS)
-    b.call(b.inttoptr(address, function.as_pointer()), args)
+    emit_native_call(b, address, weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
 
 
 @kernel

@@ -28,12 +28,16 @@ def _int64s(names: str):
 # A matrix: addresses (bias 0: none), and its size in row blocks and groups; bits 4, 8, 16 (or 0: see embed).
 MATRIX = _record(**_int64s("bits weights scales bias blocks groups kernel_one kernel_tile"))
 _LAYER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-LAYER = _record(**_int64s("input_norm post_norm keys values"), **{name: MATRIX for name in _LAYER_MATRICES})
+LAYER = _record(
+    **_int64s("input_norm post_norm keys values key_scales value_scales"), **{name: MATRIX for name in _LAYER_MATRICES}
+)
 # Activations made ready for a matrix: see `matmul`. Pack i < n_threads is thread i's own, for one token.
 PACK = _record(**_int64s("tile parts codes scales sums values"))
 PLAN = _record(
     **_int64s("hidden_size intermediate_size n_layers n_heads n_kv_heads head_dim activation n_threads"),
-    **_int64s("value_stride key_head_bytes value_head_bytes key_slot_bytes value_slot_bytes"),
+    **_int64s("kv_bytes value_stride key_head_bytes value_head_bytes key_slot_bytes value_slot_bytes"),
+    **_int64s("scale_head_bytes scale_slot_bytes"),
+    **_int64s(" ".join(attention.KERNEL_FIELDS)),
     **_int64s("x x_stride qkv qkv_stride k_column v_column attention attention_stride mlp mlp_stride"),
     **_int64s("scratch scratch_stride normed up attention_scratch control final_norm"),
     **_int64s("n_tokens tokens positions slots n_rows rows cos sin logits logits_stride"),
@@ -88,7 +92,8 @@ class Plan:
         p["n_kv_heads"], p["head_dim"] = config.num_key_value_heads, config.head_dim
         p["activation"], p["n_threads"] = _ACTIVATIONS[config.hidden_act], n_threads
         p["eps"], p["query_scale"] = config.rms_norm_eps, config.head_dim**-0.5
-        p["value_stride"] = cache.value_stride
+        p["kv_bytes"], p["value_stride"] = cache.element_bytes, cache.value_stride
+        p["scale_head_bytes"], p["scale_slot_bytes"] = cache.scale_head_bytes, cache.scale_slot_bytes
         p["key_head_bytes"], p["value_head_bytes"] = cache.key_head_bytes, cache.value_head_bytes
         p["key_slot_bytes"], p["value_slot_bytes"] = cache.key_slot_bytes, cache.value_slot_bytes
 
@@ -103,7 +108,9 @@ class Plan:
         return _BITS[entry.layout], file.address(entry.name), scales, bias, n // 16, k // 128, 0, 0
 
     def link(self) -> None:
-        """Put the addresses of the tile kernels into the matrices' records; compiles those that are needed."""
+        """Put the addresses of tile and attention kernels into the records; compiles those that are needed."""
+        for field, native in zip(attention.KERNEL_FIELDS, attention.KERNELS[self._cache.kind], strict=True):
+            self.record[field] = native.address
         matrices = [self.layers[name] for name in _LAYER_MATRICES] + [self.record["head"]]
         for records in matrices:
             for record in records:
@@ -131,7 +138,7 @@ class Plan:
                 layer[name] = self._matrix(f"{prefix}.self_attn.{name}_proj")
             for name in ("gate", "up", "down"):
                 layer[name] = self._matrix(f"{prefix}.mlp.{name}_proj")
-            layer["keys"], layer["values"] = cache.key_address(i), cache.value_address(i)
+            layer["keys"], layer["values"], layer["key_scales"], layer["value_scales"] = cache.addresses(i)
 
     def _fill_buffers(self, config: LlamaConfig, n_threads: int) -> None:
         """Work buffers: rows are float32 and padded to whole groups; tokens to whole tiles."""

@@ -16,7 +16,18 @@ from .matmul import chunk_blocks, multiply, multiply_three, multiply_tile
 from .plan import BARRIER, CANCEL, COUNTERS, DECISION, UP_BLOCKS, WORK_PER_LAYER
 from .simd import load_i32, load_i64, store_i64
 from .sync import LINE, atomic_load, atomic_store, barrier, fetch_add
-from .vector_ops import embed, gate, pack_row, pack_row_f32, rms_norm, rotate, store_key, store_value
+from .vector_ops import (
+    embed,
+    gate,
+    pack_row,
+    pack_row_f32,
+    rms_norm,
+    rotate,
+    store_key,
+    store_key_int8,
+    store_value,
+    store_value_int8,
+)
 
 QUERIES = attention.QUERIES
 ATTENTION_TOKENS = 16
@@ -126,11 +137,27 @@ def rotate_and_store(p, layer, t, head):
         rotate(row + (head * shared + i) * p.head_dim * 4, cos, sin, p.head_dim, p.query_scale)
     k = row + p.k_column + head * p.head_dim * 4
     rotate(k, cos, sin, p.head_dim, float32(1.0))
-    slot, position = load_i64(p.slots + 8 * t), load_i64(p.positions + 8 * t)
-    store_key(k, layer.keys + slot * p.key_slot_bytes + head * p.key_head_bytes, position, p.head_dim)
     v = row + p.v_column + head * p.head_dim * 4
-    to = layer.values + slot * p.value_slot_bytes + head * p.value_head_bytes
-    store_value(v, to, position, p.head_dim, p.value_stride)
+    slot, position = load_i64(p.slots + 8 * t), load_i64(p.positions + 8 * t)
+    keys, values, key_scales, value_scales = head_cache(p, layer, slot, head)
+    if p.kv_bytes == 1:
+        store_key_int8(k, keys, key_scales, position, p.head_dim)
+        store_value_int8(v, values, value_scales, position, p.head_dim, p.value_stride)
+    else:
+        store_key(k, keys, position, p.head_dim)
+        store_value(v, values, position, p.head_dim, p.value_stride)
+
+
+@kernel
+def head_cache(p, layer, slot, head):
+    """Addresses of one KV head's keys, values and their scales (which are nowhere if the cache is float16)."""
+    scales = slot * p.scale_slot_bytes + head * p.scale_head_bytes
+    return (
+        layer.keys + slot * p.key_slot_bytes + head * p.key_head_bytes,
+        layer.values + slot * p.value_slot_bytes + head * p.value_head_bytes,
+        layer.key_scales + scales,
+        layer.value_scales + scales,
+    )
 
 
 @kernel
@@ -175,8 +202,7 @@ def attend_tokens(p, layer, head, first, end, scratch):
         tokens = int64(1)
         while tokens < step and t + tokens < end and load_i64(p.slots + 8 * (t + tokens)) == slot:
             tokens += 1
-        keys = layer.keys + slot * p.key_slot_bytes + head * p.key_head_bytes
-        values = layer.values + slot * p.value_slot_bytes + head * p.value_head_bytes
+        keys, values, key_scales, value_scales = head_cache(p, layer, slot, head)
         for query in range(0, shared, QUERIES):
             n = tokens if across_tokens else min(int64(QUERIES), shared - query)
             column = (head * shared + query) * p.head_dim * 4
@@ -189,7 +215,7 @@ def attend_tokens(p, layer, head, first, end, scratch):
             queries = int64(1) if n == 1 else int64(QUERIES)
             q = p.qkv + t * p.qkv_stride + column
             apart = p.qkv_stride if across_tokens else p.head_dim * 4
-            _attend(queries, q, apart, lengths, keys, values, p.head_dim, p.value_stride, outs, own)
+            _attend(p, queries, q, apart, lengths, keys, values, key_scales, value_scales, outs, own)
         t += tokens
 
 

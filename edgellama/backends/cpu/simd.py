@@ -143,6 +143,17 @@ def emit_load_f16(builder, address):
     return emit_from_f16(builder, emit_load(builder, address, V_F16, 2))
 
 
+def emit_load_i8(builder, address):
+    """16 int8 -> f32x16; exact."""
+    return builder.sitofp(emit_load(builder, address, ir.VectorType(I8, 16), 1), V_F32)
+
+
+def emit_native_call(builder, address, *args) -> None:
+    """Call a `Native` kernel (int64 arguments, no result) by its address."""
+    function = ir.FunctionType(ir.VoidType(), [I64] * len(args))
+    builder.call(builder.inttoptr(address, function.as_pointer()), args)
+
+
 def emit_max(builder, x, y):
     """The larger in every lane; y where x is no number."""
     return builder.select(builder.fcmp_ordered(">", x, y), x, y)
@@ -328,6 +339,12 @@ def store_i32(b, a, value):
 @vector_intrinsic(types.void, ADDRESS, types.int64)
 def store_i64(b, a, value):
     emit_store(b, value, a, 8)
+
+
+@vector_intrinsic(types.void, ADDRESS, types.float32)
+def store_i8(b, a, value):
+    """Round to nearest even; the value must be within -127..127."""
+    emit_store(b, b.fptosi(emit_call(b, "llvm.rint.f32", F32, [value]), I8), a, 1)
 
 
 @vector_intrinsic(types.void, ADDRESS, types.float32)

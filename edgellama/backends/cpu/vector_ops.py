@@ -24,6 +24,7 @@ from .simd import (
     splat,
     store_f16,
     store_f32,
+    store_i8,
     store_i32,
     vabs,
     vadd,
@@ -156,6 +157,34 @@ def store_value(v, cache, position, head_dim, stride):
     to = cache + position * stride * 2
     for i in range(head_dim):
         store_f16(to + i * 2, load_f32(v + 4 * i))
+
+
+@kernel
+def _int8_scale(x, n, scales, position):
+    """Store absmax / 127 at the position's scale; the factor that makes codes of x."""
+    top = float32(0.0)
+    for i in range(n):
+        top = max(top, abs(load_f32(x + 4 * i)))
+    store_f32(scales + 4 * position, top / float32(127.0))
+    return float32(127.0) / top if top > float32(1e-30) else float32(0.0)
+
+
+@kernel
+def store_key_int8(k, cache, scales, position, head_dim):
+    """`store_key` as int8 with a float32 scale for the position."""
+    factor = _int8_scale(k, head_dim, scales, position)
+    to = cache + position // 16 * head_dim * 16 + position % 16
+    for i in range(head_dim):
+        store_i8(to + i * 16, load_f32(k + 4 * i) * factor)
+
+
+@kernel
+def store_value_int8(v, cache, scales, position, head_dim, stride):
+    """`store_value` as int8 with a float32 scale for the position."""
+    factor = _int8_scale(v, head_dim, scales, position)
+    to = cache + position * stride
+    for i in range(head_dim):
+        store_i8(to + i, load_f32(v + 4 * i) * factor)
 
 
 @kernel
