@@ -56,6 +56,16 @@ class TextDecoder(Protocol):
     def flush(self) -> str: ...
 
 
+class NoText:
+    """The TextDecoder of a model without a tokenizer."""
+
+    def push(self, token_id: int, /) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
 class Stream(Iterator[str]):
     """A running reply: iterate for its pieces of text, then (or at any time) read `.result`.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 import numpy as np
 
 from edgellama.errors import CancelledError, ConfigError, ContextError, DeviceError, EdgellamaError, TokenizerError
-from edgellama.generate import Generation, Stream
+from edgellama.generate import Generation, NoText, Stream, TextDecoder
 from edgellama.memory import available_bytes
 from edgellama.paths import find_model
 from edgellama.sampling import Sampler, SamplingOptions, SamplingParams
@@ -252,7 +252,8 @@ class Llama:
         Starts from an empty cache. `max_new_tokens` None: the model's generation_config.json, else 256; a full
         context ends the reply too. `sampling`: temperature (0 is greedy), top_k, top_p, min_p, seed; what is left
         out or None is the model's own (`defaults`). With `stream=True` returns a `Stream` of pieces of text, whose
-        `.result` is the Generation. Raises ContextError when the prompt leaves no room for a token.
+        `.result` is the Generation. A model without a tokenizer takes ids only, and its replies have no text.
+        Raises ContextError when the prompt leaves no room for a token.
         """
         started = time.perf_counter()
         params = self.defaults.override(**sampling)
@@ -270,7 +271,7 @@ class Llama:
             ids.tolist(),
             self._step,
             Sampler(params),
-            self.tokenizer.stream(skip_special_tokens=True, after=ids[-_PRIME_TOKENS:].tolist()),
+            self._text_decoder(ids),
             max_new_tokens=min(max_new_tokens, self.n_ctx - ids.size),
             eos_ids=self.eos_ids,
             acquire=self._begin_stream,
@@ -380,6 +381,11 @@ class Llama:
             return self._check_ids(ids)
         except ValueError as error:
             raise TokenizerError(f"the tokenizer does not fit the model: {error}") from None
+
+    def _text_decoder(self, prompt_ids: np.ndarray) -> TextDecoder:
+        if not {"tokenizer.json", "tokenizer.model"} & set(self.file.files) and self._tokenizer is None:
+            return NoText()  # ids in, ids out
+        return self.tokenizer.stream(skip_special_tokens=True, after=prompt_ids[-_PRIME_TOKENS:].tolist())
 
     def _check_ids(self, ids: object) -> np.ndarray:
         """`ids` as int32 [T], every one in the vocabulary."""

@@ -57,7 +57,9 @@ def _what_instead(path: Path) -> str:
 def _close_names(path: Path) -> list[Path]:
     """At most two existing model files with a similar name: next to the path, then in the cache folder."""
     found: list[Path] = []
-    wanted = path.name.removesuffix(SUFFIX).lower()
+    wanted = path.name.lower().removesuffix(SUFFIX)
+    if difflib.SequenceMatcher(None, path.suffix.lower(), SUFFIX).ratio() > 0.7:
+        wanted = path.stem.lower()  # the suffix is mistyped
     for folder in dict.fromkeys((path.parent, Path(), cache_dir())):
         try:
             names = {each.name.removesuffix(SUFFIX).lower(): each for each in sorted(folder.glob(f"*{SUFFIX}"))}

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 import edgellama
-from checkpoints import DEFAULTS, state_dict_shapes, write_weights
+from checkpoints import DEFAULTS, make_checkpoint, random_weights, state_dict_shapes, write_safetensors, write_weights
 from edgellama.cli import console, main, options
 from edgellama.cli.progress import Progress
 from edgellama.errors import EdgellamaError
 from fakes import fake_llama
 
 COMMAND = [sys.executable, "-m", "edgellama"]
-VERBS = ["convert", "generate", "info", "verify", "export", "demo"]
+VERBS = ["convert", "generate", "info", "verify", "export", "demo", "bench"]
 
 
 @pytest.fixture
@@ -331,6 +331,18 @@ def test_convert_tells_and_keeps_stdout_for_the_answer(tiny_checkpoint, tmp_path
     assert main(["convert", str(tiny_checkpoint), "-o", str(out_path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["file_bytes"] == out_path.stat().st_size
+
+
+def test_convert_names_what_it_ignored_and_what_is_possible_next(tmp_path, capsys):
+    config = make_checkpoint(tmp_path / "model")
+    weights = random_weights(config, 0)
+    for layer in range(2):
+        weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = np.zeros(16, np.float32)
+    write_safetensors(tmp_path / "model" / "model.safetensors", weights, "float16")
+    assert main(["convert", str(tmp_path / "model"), "-o", str(tmp_path / "m.edgellama")]) == 0
+    err = capsys.readouterr().err
+    assert "ignored model.layers.0.self_attn.rotary_emb.inv_freq and 1 more (--json names all): follows from" in err
+    assert "edgellama info " in err and "edgellama generate" not in err  # there is no tokenizer
 
 
 @pytest.mark.parametrize("source", ["empty", "nowhere/at/all"])

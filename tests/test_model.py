@@ -1,5 +1,6 @@
 """Llama and load: the cache's bookkeeping, ids that are none, closing, the context's size."""
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -170,6 +171,9 @@ def test_a_missing_file_names_close_ones(tmp_path):
         edgellama.load(tmp_path / "lama-2-7b.edgellama")
     with pytest.raises(EdgellamaError, match=r"did you mean .*llama-2-7b\.edgellama\?"):
         find_model(tmp_path / "llama-2-7b")
+    (tmp_path / "x.edgellama").touch()
+    with pytest.raises(EdgellamaError, match=r"did you mean .*x\.edgellama\?"):
+        find_model(tmp_path / "x.edgelama")
 
 
 def test_what_is_no_model_file_says_what_to_do(tmp_path, monkeypatch):
@@ -249,3 +253,16 @@ def test_loading_does_not_read_the_tokenizer(tiny_model, monkeypatch):
     monkeypatch.setattr(edgellama.tokenizer, "load_tokenizer", fail, raising=False)
     with edgellama.load(tiny_model, device="reference") as llm:
         llm.forward([1, 2, 3])
+
+
+def test_a_model_without_a_tokenizer_takes_and_gives_ids(tiny_checkpoint, tmp_path):
+    from edgellama_convert import convert
+
+    shutil.copytree(tiny_checkpoint, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    convert(tmp_path / "hf", tmp_path / "m.edgellama")
+    with edgellama.load(tmp_path / "m.edgellama", device="reference") as llm:
+        reply = llm.generate([1, 2, 3], 4, temperature=0)
+        assert reply.text == "" and 1 <= len(reply.token_ids) <= 4
+        with pytest.raises(edgellama.TokenizerError, match="no tokenizer"):
+            llm.generate("Hello")

@@ -6,13 +6,14 @@ import sys
 from edgellama.cli import console, options
 from edgellama.paths import find_model
 
-_DESCRIPTION = "Measure how fast a model runs here: prefill (pp) and decode (tg), tokens a second."
+_DESCRIPTION = "Measure how fast a model runs here: prefill (pp), decode (tg); tokens a second."
 _EPILOG = """\
 example: edgellama bench llama-2-7b.edgellama -p 512 -n 128 -d 0,4096
 
--p, -n, -d and -b take several numbers with commas between; -p 0 or -n 0 leaves a
-test out. `of memory` is the share of the memory's read bandwidth, measured in turn
-with the samples: decode reads every weight for each token, so 100 % is the limit."""
+-p, -n, -d and -b take several numbers with commas between; -p 0 or -n 0 leaves
+a test out. `of memory` is the share of the memory's read bandwidth, measured in
+turn with the samples: decode reads every weight for each token, so 100 % is the
+limit."""
 
 
 def add_parser(subparsers) -> None:

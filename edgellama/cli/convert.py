@@ -1,6 +1,7 @@
 """`edgellama convert`: a Hugging Face Llama checkpoint becomes one .edgellama file."""
 
 import argparse
+from collections.abc import Mapping
 
 from edgellama.cli import console, options
 from edgellama.cli.progress import GETTING_READY, Progress
@@ -30,7 +31,13 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--max-ram", type=options.byte_size, metavar="SIZE", help="stay below this, e.g. 1.5G")
     parser.add_argument("--revision", metavar="REV", help="a hub branch, tag or commit")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
-    parser.add_argument("-t", "--threads", type=options.positive_int, metavar="T")
+    parser.add_argument(
+        "-t",
+        "--threads",
+        type=options.positive_int,
+        metavar="T",
+        help="default: the physical cores this process may use",
+    )
     options.add_json(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
     parser.set_defaults(run=run, parser=parser)
@@ -77,6 +84,23 @@ def summary(report) -> list[str]:
         f"{report.lm_head_bits} in the output layer",
         f"error  at most {error:.1%} (relative rms), {name.removesuffix('.weight')}",
         f"time   {console.seconds(report.seconds)}, {console.count(report.weights_per_second)} weights/s{memory}",
-        *(f"note   {warning}" for warning in report.warnings),
-        f'next   edgellama generate {console.shell_path(report.out)} -p "Once upon a time"',
+        *(f"note   {line}" for line in [*_ignored(report.ignored), *report.warnings]),
+        f"next   edgellama {_next(report)}",
     ]
+
+
+def _ignored(tensors: Mapping[str, str]) -> list[str]:
+    """One line for each reason to leave tensors out, with the first of them."""
+    names: dict[str, list[str]] = {}
+    for name, reason in tensors.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        f"ignored {first}{f' and {len(others)} more (--json names all)' if others else ''}: {reason}"
+        for reason, (first, *others) in names.items()
+    ]
+
+
+def _next(report) -> str:
+    path = console.shell_path(report.out)
+    has_tokenizer = {"tokenizer.json", "tokenizer.model"} & set(report.files)
+    return f'generate {path} -p "Once upon a time"' if has_tokenizer else f"info {path}"
