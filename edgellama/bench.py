@@ -81,6 +81,7 @@ def run(
     tests: list[Test],
     repetitions: int,
     n_threads: int | None = None,
+    kv_cache: str = "float16",
     progress: Callable[[Test, int], None] = lambda test, repetition: None,
 ) -> Iterator[Row]:
     """Yield a Row for each test; `progress(test, repetition)` comes before each sample. Needs the CPU backend."""
@@ -91,7 +92,7 @@ def run(
     if n_ctx > file.config.max_position_embeddings:
         raise ContextError(f"{n_ctx} tokens do not fit into the model's {file.config.max_position_embeddings}")
     n_slots = max(test.n_batch for test in tests)
-    backend = CpuBackend(file, n_ctx, n_slots, n_threads)
+    backend = CpuBackend(file, n_ctx, n_slots, n_threads, kv_cache=kv_cache)
     bandwidth = Bandwidth(backend.n_threads)
     try:
         for test in tests:
@@ -122,7 +123,7 @@ def _measure(
     share = None
     if test.n_gen:
         steps_a_second = statistics.median(rates) / test.n_batch
-        share = bytes_per_step(file, test) * steps_a_second / memory
+        share = bytes_per_step(file, test, backend.kv_cache) * steps_a_second / memory
     return Row(
         **asdict(test),
         n_threads=backend.n_threads,
@@ -166,7 +167,7 @@ class _Run:
         return time.perf_counter() - started
 
 
-def bytes_per_step(file: ModelFile, test: Test) -> float:
+def bytes_per_step(file: ModelFile, test: Test, kv_cache: str = "float16") -> float:
     """Bytes that one decode step reads on average: every weight once, and the cache of each slot.
 
     An untied embedding is not counted: a step reads a row of it.
@@ -176,7 +177,7 @@ def bytes_per_step(file: ModelFile, test: Test) -> float:
     skipped = "model.embed_tokens.weight" if not file.config.tie_word_embeddings else None
     weights = sum(entry.nbytes for entry in file.tensors.values() if entry.name != skipped)
     positions = test.n_depth + (test.n_gen + 1) / 2
-    return weights + test.n_batch * positions * bytes_per_position(file.config)
+    return weights + test.n_batch * positions * bytes_per_position(file.config, kv_cache)
 
 
 def peak_rss() -> int:

@@ -26,6 +26,7 @@ def add_parser(subparsers) -> None:
     add("-b", "--batch", type=_numbers, default=[1], metavar="N", help="sequences at once (default 1)")
     add("-r", "--repetitions", type=options.positive_int, default=5, metavar="N", help="samples a test (default 5)")
     add("-t", "--threads", type=options.positive_int, metavar="T", help="default: the physical cores")
+    add("--kv-cache", choices=("float16", "int8"), default="float16", help="what the cache holds (default float16)")
     options.add_json(parser, "print a list of rows")
     parser.set_defaults(run=run, parser=parser)
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         rows = []
         printer = _Table(f"llama {_billions(bench.parameters(file))} int4", file.size, bench.parameters(file))
         for test, row in zip(
-            tests, bench.run(file, tests, args.repetitions, args.threads, progress=_progress), strict=True
+            tests, bench.run(file, tests, args.repetitions, args.threads, args.kv_cache, _progress), strict=True
         ):
             rows.append(row)
             if not args.json:

@@ -60,6 +60,11 @@ class CpuBackend:
         for name in ("tokens", "rows", "positions", "slots", "cos", "sin"):
             self._record[name] = getattr(self, f"_{name}").ctypes.data
 
+    @property
+    def kv_cache(self) -> str:
+        """What the cache holds: "float16" or "int8"."""
+        return self._cache.kind
+
     def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """See `Backend.forward`. CancelledError if another thread called `cancel`."""
         tokens, positions, slots, rows = check_batch(
