@@ -356,6 +356,17 @@ def test_convert_of_nothing(source, tmp_path, monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
+def test_a_damaged_model_says_what_to_do(tiny_model, tmp_path, capsys):
+    data = tiny_model.read_bytes()
+    cases = {"cut": data[:5000], "damaged": data[:64] + b"!" + data[65:], "another kind": b"GGUF" * 2000}
+    for name, content in cases.items():
+        (tmp_path / "m.edgellama").write_bytes(content)
+        assert main(["info", str(tmp_path / "m.edgellama")]) == 1
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert err.endswith("download it again\n") != (name == "another kind"), err
+
+
 def test_export(tiny_model, tmp_path, capsys):
     assert main(["export", str(tiny_model), "--to", "hf", str(tmp_path / "hf")]) == 0
     assert (tmp_path / "hf" / "config.json").is_file()

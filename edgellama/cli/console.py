@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import IO, Any
 
-from edgellama.errors import EdgellamaError
+from edgellama.errors import EdgellamaError, FormatError
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -73,7 +73,9 @@ def clean(text: str, keep: str = "\t") -> str:
 
 def one_line(error: Exception) -> str | None:
     """The line that tells a user what went wrong; None for what is no user's error."""
-    if isinstance(error, EdgellamaError):
+    if isinstance(error, FormatError):
+        text = _format_error(error)
+    elif isinstance(error, EdgellamaError):
         text = str(error)
     elif isinstance(error, MemoryError):
         text = "out of memory; close other programs, or ask for a shorter context (-c)"
@@ -82,6 +84,13 @@ def one_line(error: Exception) -> str | None:
     else:
         return None
     return "edgellama: error: " + " ".join(text.split())
+
+
+def _format_error(error: FormatError) -> str:
+    """With what to do about a model file that is damaged, where the error does not say it itself."""
+    text = str(error)
+    said = error.path is None or error.field == "prologue.magic" or "again" in text or "update edgellama" in text
+    return text if said else f"{text}; convert or download it again"
 
 
 def _os_error(error: OSError) -> str:
