@@ -4,6 +4,7 @@ Knows: the file, one backend with its KV cache (one sequence), and where in it w
 pass is computed (`backends`), what a file looks like (`format`), how a token is chosen (`sampling`).
 """
 
+import gc
 import logging
 import os
 import threading
@@ -345,6 +346,8 @@ class Llama:
     def _acquire(self) -> None:
         """Wait for the calls of other threads; a stream left open in this one would wait for ever, so say it."""
         me = threading.get_ident()
+        if self._owner == me:
+            gc.collect()  # a stream that a `break` left behind holds itself until then
         if self._owner == me:
             raise EdgellamaError("a stream of this model is still open: exhaust it or close() it before the next call")
         self._lock.acquire()

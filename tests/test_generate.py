@@ -230,3 +230,10 @@ def test_two_threads_take_turns():
     for thread in threads:
         thread.join(20)
     assert texts == {"a": "bcdef", "c": "defgh", "e": "fghij", "g": "hijkl"}
+
+
+def test_a_stream_that_was_left_by_break_does_not_keep_the_model_busy():
+    llm = fake_llama()
+    for _ in llm.generate([2], 20, temperature=0, stream=True):
+        break
+    assert llm.generate([2], 2, temperature=0).token_ids == [3, 4]
