@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edgellama.tokenizer import Tokenizer
 
 DEVICES = ("cpu", "auto", "reference", "cuda")
+KV_CACHES = ("float16", "int8")
 DEFAULT_MAX_NEW_TOKENS = 256
 _MIN_CTX = 512  # a context worth having: not cut below it however little memory there seems to be
 _SLACK_BYTES = 256 << 20  # left for Python, NumPy and activations
@@ -41,13 +42,18 @@ Ids = Sequence[int] | np.ndarray
 
 
 def load(
-    path: str | os.PathLike[str], device: str = "cpu", n_ctx: int | None = None, n_threads: int | None = None
+    path: str | os.PathLike[str],
+    device: str = "cpu",
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    kv_cache: str = "float16",
 ) -> "Llama":
     """Open an `.edgellama` file for inference.
 
     `device`: "cpu" (Numba), "auto" (the best there is; now the CPU), "reference" (float32 NumPy, slow: to check the
     others against). `n_ctx`: positions in the KV cache; None takes the model's `max_position_embeddings`, cut to
-    what memory allows (`Llama.notes` says so). `n_threads`: None takes the cores this process may use.
+    what memory allows (`Llama.notes` says so). `n_threads`: None takes the cores this process may use. `kv_cache`:
+    "float16" or "int8", which takes half the memory (the reference keeps float32).
 
     Raises EdgellamaError (missing file), FormatError (damaged file), DeviceError, ContextError.
     """
@@ -56,6 +62,9 @@ def load(
         raise DeviceError(f"unknown device {device!r}; choose cpu, auto or reference")
     if device == "cuda":
         raise DeviceError("device 'cuda' comes with a later version of edgellama; use 'cpu' (or 'auto') for now")
+    if kv_cache not in KV_CACHES:
+        raise DeviceError(f"unknown kv_cache {kv_cache!r}; choose float16 or int8")
+    kind = "float32" if device == "reference" else kv_cache
     n_ctx = None if n_ctx is None else _positive("n_ctx", n_ctx)
     n_threads = None if n_threads is None else _positive("n_threads", n_threads)
     path = find_model(path)
@@ -63,25 +72,25 @@ def load(
 
     file = open_model(path)
     try:
-        n_ctx, notes = choose_n_ctx(file.config, n_ctx, file.size, available_bytes(), device)
+        n_ctx, notes = choose_n_ctx(file.config, n_ctx, file.size, available_bytes(), kind)
         if device != "reference" and not _kernels_are_compiled():
             notes.append("first run on this machine: compiling kernels, up to half a minute, once")
-        backend = _make_backend(device, file, n_ctx, n_threads)
+        backend = _make_backend(device, file, n_ctx, n_threads, kv_cache)
     except BaseException:
         file.close()
         raise
     return Llama(file, backend, notes=notes, load_s=time.perf_counter() - begun)
 
 
-def kv_bytes_per_token(config: "LlamaConfig", device: str = "cpu") -> int:
-    """Bytes of KV cache that one position takes: fp16, but float32 in the reference."""
+def kv_bytes_per_token(config: "LlamaConfig", kv_cache: str = "float16") -> int:
+    """Bytes of KV cache that one position takes; "float32" is the reference's."""
     from edgellama.kv_cache import bytes_per_position
 
-    return bytes_per_position(config) * (2 if device == "reference" else 1)
+    return bytes_per_position(config) * 2 if kv_cache == "float32" else bytes_per_position(config, kv_cache)
 
 
 def choose_n_ctx(
-    config: "LlamaConfig", asked: int | None, weight_bytes: int, free_bytes: int | None, device: str = "cpu"
+    config: "LlamaConfig", asked: int | None, weight_bytes: int, free_bytes: int | None, kv_cache: str = "float16"
 ) -> tuple[int, list[str]]:
     """The number of positions to keep, and what the user should know about it.
 
@@ -89,7 +98,7 @@ def choose_n_ctx(
     cannot fit at all.
     """
     limit = config.max_position_embeddings
-    per_token = kv_bytes_per_token(config, device)
+    per_token = kv_bytes_per_token(config, kv_cache)
     fits = None
     if free_bytes is not None:
         # Three quarters of what is left beside the weights: the user's other programs live here too.
@@ -109,7 +118,7 @@ def choose_n_ctx(
     return limit, []
 
 
-def _make_backend(device: str, file: "ModelFile", n_ctx: int, n_threads: int | None) -> "Backend":
+def _make_backend(device: str, file: "ModelFile", n_ctx: int, n_threads: int | None, kv_cache: str) -> "Backend":
     try:
         if device == "reference":
             from edgellama.backends.reference import ReferenceBackend
@@ -117,7 +126,7 @@ def _make_backend(device: str, file: "ModelFile", n_ctx: int, n_threads: int | N
             return ReferenceBackend(file, n_ctx)
         from edgellama.backends.cpu import CpuBackend
 
-        return CpuBackend(file, n_ctx, n_threads=n_threads)
+        return CpuBackend(file, n_ctx, n_threads=n_threads, kv_cache=kv_cache)
     except MemoryError:
         raise ContextError(f"not enough memory for a context of {n_ctx} tokens; ask for fewer with n_ctx") from None
 

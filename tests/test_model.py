@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import edgellama
+from closeness import MAX_KL, kl_divergence
 from edgellama.errors import ContextError, DeviceError, EdgellamaError
 from edgellama.memory import available_bytes
 from edgellama.model import choose_n_ctx, kv_bytes_per_token
@@ -266,3 +267,12 @@ def test_a_model_without_a_tokenizer_takes_and_gives_ids(tiny_checkpoint, tmp_pa
         assert reply.text == "" and 1 <= len(reply.token_ids) <= 4
         with pytest.raises(edgellama.TokenizerError, match="no tokenizer"):
             llm.generate("Hello")
+
+
+def test_an_int8_cache_is_half_the_size_and_says_much_the_same(tiny_model):
+    with edgellama.load(tiny_model) as exact, edgellama.load(tiny_model, kv_cache="int8") as half:
+        expected, logits = exact.forward([1, 9, 30, 77]), half.forward([1, 9, 30, 77])
+        assert kl_divergence(expected, logits) <= MAX_KL and (expected != logits).any()
+        assert kv_bytes_per_token(half.config, "int8") < 0.6 * kv_bytes_per_token(half.config)
+    with pytest.raises(DeviceError, match="unknown kv_cache 'int4'"):
+        edgellama.load(tiny_model, kv_cache="int4")

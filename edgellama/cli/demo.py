@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         f"{report.bits_per_weight:.2f} bits per weight, {console.seconds(report.seconds)})"
     )
     begun = time.perf_counter()
-    with load(out, device=args.device, n_ctx=args.ctx, n_threads=args.threads) as llm:
+    with load(out, **options.runtime_of(args)) as llm:
         stream = llm.generate(prompt, args.max_new_tokens or _MAX_NEW_TOKENS, **sampling, stream=True)
         for remark in llm.notes:
             console.note(f"note   {remark}")

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = options.read_prompt(args.prompt)
     from edgellama.model import load
 
-    with load(path, device=args.device, n_ctx=args.ctx, n_threads=args.threads) as llm:
+    with load(path, **options.runtime_of(args)) as llm:
         if not args.quiet:
             for remark in llm.notes:
                 console.note(f"note: {remark}")

@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgellama.errors import EdgellamaError
 
@@ -54,6 +54,7 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         "-t", "--threads", type=positive_int, metavar="T", help="default: the physical cores this process may use"
     )
     parser.add_argument("-c", "--ctx", type=positive_int, metavar="N", help="positions in the KV cache")
+    parser.add_argument("--kv-cache", default="float16", choices=("float16", "int8"), help="int8 takes half the memory")
     parser.add_argument(
         "--device",
         default="cpu",
@@ -61,6 +62,11 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="cpu (default); auto (the best there is); reference (slow, exact)",
     )
+
+
+def runtime_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `load`."""
+    return {"device": args.device, "n_ctx": args.ctx, "n_threads": args.threads, "kv_cache": args.kv_cache}
 
 
 def add_json(parser: argparse.ArgumentParser, what: str = "print one JSON object") -> None:
