@@ -49,5 +49,6 @@ def main(make: Callable[[str, Path], None], load: Callable[[str, Path, int, int]
     answer({"version": engine.version, "bytes": folder_bytes(folder)})
     for line in sys.stdin:
         request = json.loads(line)
+        engine.decode(2, 0)  # a process that was stopped may have lost pages or its place on a core
         run = engine.prefill if request["test"] == "pp" else engine.decode
         answer({"seconds": run(request["n"], request["depth"])})

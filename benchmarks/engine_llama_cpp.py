@@ -97,7 +97,7 @@ class LlamaCpp:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, max(512, n_ctx), 512
         params.n_threads = params.n_threads_batch = n_threads
-        flash = os.environ.get("LLAMA_FLASH_ATTN", "0")  # off is faster on a CPU
+        flash = os.environ.get("LLAMA_FLASH_ATTN", "1")  # 0: off; which is faster depends on the processor
         params.flash_attn_type = int(flash)
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         self._vocab_size = random_model.config(shape)["vocab_size"]
