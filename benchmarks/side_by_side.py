@@ -132,19 +132,21 @@ def measure(workers: list[Worker], tests: list[bench.Test], args: argparse.Names
                 rates[worker.name].append((test.n_prompt or test.n_gen) / worker.seconds(test))
                 bandwidth.measure()
         memory = statistics.median(bandwidth.samples)
-        ours = statistics.median(rates["edgellama"]) if "edgellama" in rates else None
+        ours = rates.get("edgellama")
         for worker in workers:
             median = statistics.median(rates[worker.name])
             row = {"test": test.name, "engine": worker.name, "version": worker.version}
             row |= {"model_bytes": worker.model_bytes, "bandwidth": memory}
             row |= {"median_ts": median, "samples_ts": rates[worker.name]}
-            rows.append({**row, "ratio": ours / median if ours else None})
+            # Round by round: what slowed a round slowed both.
+            ratios = [mine / theirs for mine, theirs in zip(ours, rates[worker.name], strict=True)] if ours else [0]
+            rows.append({**row, "ratio": statistics.median(ratios) or None})
     bandwidth.close()
     return rows
 
 
 def show(rows: list[dict[str, Any]], shares: dict[str, float]) -> None:
-    print("| test | engine | tok/s, median (all samples) | edgellama is |")
+    print("| test | engine | tok/s, median (all samples) | edgellama, median of the rounds |")
     print("|---|---|---|---|")
     for row in rows:
         samples = ", ".join(f"{sample:.1f}" for sample in row["samples_ts"])
