@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -47,6 +48,7 @@ class Worker:
             try:
                 if not model.exists():
                     partial = folder / f"{shape}.{name}.partial"
+                    shutil.rmtree(partial, ignore_errors=True)  # of an earlier failure
                     partial.mkdir()
                     command = [python, script, "make", shape, str(partial)]
                     subprocess.run(command, stdout=log, stderr=log, env=environment, check=True)
