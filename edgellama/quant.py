@@ -18,7 +18,6 @@ GROUP_SIZE = 128
 ROW_BLOCK = 16
 ZERO_POINT = {4: 8, 8: 128}
 """The code that stands for a weight of zero, by bits."""
-MAX_CODE = {4: 15, 8: 255}
 
 
 class MatrixFile(Protocol):

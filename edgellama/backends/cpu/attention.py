@@ -16,6 +16,7 @@ import numpy as np
 from numba import float32, int64, types
 from numba.core import cgutils
 
+from ...kv_cache import BLOCK
 from .jit import Native, kernel
 from .simd import (
     ADDRESS,
@@ -49,8 +50,8 @@ from .simd import (
     vsub,
 )
 
-BLOCK = 64
 SPLIT = 1024
+"""Positions whose blocks share one state; a multiple of BLOCK."""
 QUERIES = 4
 """How many queries share one pass over the cache."""
 

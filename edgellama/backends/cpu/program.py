@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from numba import float32, int64
 
-from . import attention
+from .attention import QUERIES, attend
 from .jit import entry_point, kernel
 from .matmul import chunk_blocks, multiply, multiply_three, multiply_tile
 from .plan import BARRIER, CANCEL, COUNTERS, DECISION, UP_BLOCKS, WORK_PER_LAYER
@@ -29,10 +29,8 @@ from .vector_ops import (
     store_value_int8,
 )
 
-QUERIES = attention.QUERIES
 ATTENTION_TOKENS = 16
 """Tokens of one piece of attention work in prefill."""
-_attend = attention.attend
 
 
 @entry_point
@@ -215,7 +213,7 @@ def attend_tokens(p, layer, head, first, end, scratch):
             queries = int64(1) if n == 1 else int64(QUERIES)
             q = p.qkv + t * p.qkv_stride + column
             apart = p.qkv_stride if across_tokens else p.head_dim * 4
-            _attend(p, queries, q, apart, lengths, keys, values, key_scales, value_scales, outs, own)
+            attend(p, queries, q, apart, lengths, keys, values, key_scales, value_scales, outs, own)
         t += tokens
 
 

@@ -21,7 +21,7 @@ from numba.extending import intrinsic, models, register_model
 
 from .target import TARGET
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 V_I8 = ir.VectorType(I8, 64)
 V_I32 = ir.VectorType(I32, 16)
@@ -454,16 +454,20 @@ def zero_i32(b):
     return ir.Constant(V_I32, [0] * 16)
 
 
+LOW_BITS = 7
+"""Bits of the low part of a 15-bit code."""
+
+
 @vector_intrinsic(i32x16, i32x16)
 def vhigh_part(b, q):
     """q / 128 to nearest: the high part of a 15-bit code."""
-    return b.ashr(b.add(q, ir.Constant(V_I32, [64] * 16)), ir.Constant(V_I32, [7] * 16))
+    return b.ashr(b.add(q, ir.Constant(V_I32, [1 << (LOW_BITS - 1)] * 16)), ir.Constant(V_I32, [LOW_BITS] * 16))
 
 
 @vector_intrinsic(i32x16, i32x16, i32x16)
 def vlow_part(b, q, high):
     """q - 128 * high: -64..63."""
-    return b.sub(q, b.shl(high, ir.Constant(V_I32, [7] * 16)))
+    return b.sub(q, b.shl(high, ir.Constant(V_I32, [LOW_BITS] * 16)))
 
 
 @vector_intrinsic(types.void, ADDRESS, i32x16)

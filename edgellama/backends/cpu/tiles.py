@@ -20,6 +20,7 @@ from .simd import (
     I32,
     I64,
     INT8_ZERO_IN_DOT,
+    LOW_BITS,
     V_F32,
     V_I8,
     V_I32,
@@ -41,8 +42,6 @@ from .target import TARGET
 
 TILE_TOKENS = {1: TARGET.tile_tokens, 2: TARGET.tile_tokens // 2}
 """Tokens of a tile, by the parts of an activation."""
-LOW_BITS = 7
-"""Bits of the low part of a fine activation."""
 ARGUMENTS = 11
 """All kernels: (weights, scales, bias or 0, codes or values, x_scales, x_sums, groups, out, out_stride, add, blocks).
 

@@ -13,6 +13,7 @@ from numba import float32, int32
 
 from .jit import kernel
 from .simd import (
+    LOW_BITS,
     hmax,
     hsum,
     hsum_i32,
@@ -42,7 +43,6 @@ from .simd import (
     vsub,
     zero_i32,
 )
-from .tiles import LOW_BITS
 
 SILU, GELU, GELU_TANH, RELU = 0, 1, 2, 3
 ROW_MAJOR_F16 = 0
