@@ -1,4 +1,4 @@
-/* Runs one tile kernel on arrays from stdin, for a test under emulation. stdin: 12 int64 (kernel, groups,
+/* Runs one tile kernel on arrays from stdin, for a test under emulation. stdin: 12 int64 (kernel, inputs,
    out_stride, add, blocks, then the bytes of weights, scales, bias, codes, x_scales, x_sums, out), then the
    seven arrays. stdout: `out` afterwards. */
 #include <stdint.h>

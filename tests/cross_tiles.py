@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
     passes.getModulePassManager().run(module, passes)
     (folder / "tiles.o").write_bytes(machine.emit_object(module))
     (folder / "tiles.s").write_text(machine.emit_assembly(module))
-    print(TARGET.dot4, *TARGET[2:])
+    print(*TARGET)
 
 
 main(Path(sys.argv[1]))

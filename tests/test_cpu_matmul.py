@@ -14,7 +14,7 @@ from edgellama import quant
 from edgellama.backends.cpu import matmul
 from edgellama.backends.cpu.jit import kernel
 from edgellama.backends.cpu.plan import MATRIX, PACK
-from edgellama.backends.cpu.tiles import KERNELS, TILE_TOKENS
+from edgellama.backends.cpu.tiles import KERNELS, SIZES, STEP
 from edgellama.backends.cpu.vector_ops import pack_row, pack_row_f32
 from edgellama.kv_cache import aligned_zeros
 
@@ -31,8 +31,8 @@ def run_pack(x, groups, pack, tokens, scratch):
 
 
 @kernel
-def run_multiply(counter, matrix, pack, tiles, out, stride, add):
-    matmul.multiply(counter, 1, matrix[0], pack[0], tiles, out, stride, add)
+def run_multiply(counter, matrix, pack, n_tokens, out, stride, add):
+    matmul.multiply(counter, 1, matrix[0], pack[0], n_tokens, out, stride, add)
 
 
 class Product:
@@ -58,7 +58,8 @@ class Product:
         m = np.zeros(1, MATRIX)
         m["bits"], m["weights"], m["scales"] = self.bits, self.weights.ctypes.data, self.packed_scales.ctypes.data
         m["bias"], m["blocks"], m["groups"] = self.bias.ctypes.data if bias else 0, self.n // 16, self.k // 128
-        m["kernel_one"], m["kernel_tile"] = (k.address for k in KERNELS[self.bits, self.parts])
+        m["inputs"], m["parts"] = -(-self.shape[1] // STEP) * STEP, self.parts
+        m["kernel_one"], m["kernel_few"], m["kernel_many"] = (k.address for k in KERNELS[self.bits, self.parts])
         return m
 
     def pack(self, tile: int) -> dict[str, np.ndarray]:
@@ -81,16 +82,17 @@ class Product:
             pack[name] = array.ctypes.data if name != "values" or self.bits == 16 else 0
         return pack
 
-    def run(self, tile: int, bias: bool = False, add: np.ndarray | None = None) -> np.ndarray:
-        """float32 [tokens, out_features] by the kernels, tokens in tiles of `tile` (1 or TILE_TOKENS[parts])."""
-        tiles = -(-self.tokens // tile)
+    def run(self, size: int, bias: bool = False, add: np.ndarray | None = None) -> np.ndarray:
+        """float32 [tokens, out_features] by the kernels for tiles of that size (0 one token, 1 a few, 2 many)."""
+        tile = SIZES[self.parts][size]
         arrays = self.pack(tile)
         pack = self._record(arrays, tile)
-        out = np.zeros((tiles * tile, self.n), np.float32)
+        pack["size"] = size
+        out = np.zeros((-(-self.tokens // tile) * tile, self.n), np.float32)
         if add is not None:
             out[: self.tokens, : self.shape[0]] = add
         counter, matrix, adds = np.zeros(1, np.int64), self.matrix(bias), 0 if add is None else 1
-        run_multiply(counter.ctypes.data, matrix, pack, tiles, out.ctypes.data, out.strides[0], adds)
+        run_multiply(counter.ctypes.data, matrix, pack, self.tokens, out.ctypes.data, out.strides[0], adds)
         assert (out[: self.tokens, self.shape[0] :] == 0).all(), "rows that pad must give zero"
         return out[: self.tokens, : self.shape[0]]
 
@@ -126,18 +128,19 @@ all_bits = pytest.mark.parametrize("bits", [4, 8, 16])
 @all_bits
 @pytest.mark.parametrize("shape", SHAPES)
 def test_product_is_right(bits, shape, parts):
-    product = Product(bits, shape, TILE_TOKENS[parts] + 2, parts)
-    for tile in (1, TILE_TOKENS[parts]):
-        product.check(product.run(tile))
+    product = Product(bits, shape, SIZES[parts][-1] + 2, parts)
+    for size in range(3):
+        product.check(product.run(size))
 
 
 @kinds
 @all_bits
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_tile_gives_the_same_bits(bits, shape, parts):
-    product = Product(bits, shape, 2 * TILE_TOKENS[parts] + 1, parts)
+    product = Product(bits, shape, 2 * SIZES[parts][-1] + 1, parts)
     add = np.random.default_rng(5).standard_normal((product.tokens, shape[0])).astype(np.float32)
-    one, many = (product.run(tile, bias=True, add=add) for tile in (1, TILE_TOKENS[parts]))
+    one, few, many = (product.run(size, bias=True, add=add) for size in range(3))
+    assert (one == few).all()
     assert (one == many).all()
 
 
@@ -150,8 +153,8 @@ def test_one_group_is_exact(bits, parts):
     w = product.codes.astype(np.int64) - quant.ZERO_POINT[bits]
     sums = (q[:, 0, :100] @ w.T).astype(np.float32)
     expected = sums * (product.scales[:, 0].astype(np.float32) * xs)
-    assert (product.run(1) == expected).all()
-    assert (product.run(1, bias=True) == expected + product.bias[:33]).all()
+    assert (product.run(0) == expected).all()
+    assert (product.run(0, bias=True) == expected + product.bias[:33]).all()
 
 
 @kinds
@@ -164,7 +167,30 @@ def test_extreme_codes_do_not_saturate(bits, parts):
         product.codes[:] = code
         packed = (quant.pack_int4 if bits == 4 else quant.pack_int8)(product.codes)
         product.weights[:] = packed.reshape(-1)
-        product.check(product.run(1))
+        product.check(product.run(0))
+
+
+@kernel
+def run_claim(counter, n_threads, total, out):
+    for i in range(len(out)):
+        out[i, 0], out[i, 1] = matmul.claim(counter, n_threads, total)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 16, 200])
+@pytest.mark.parametrize("total", [1, 2, 36, 100, 8000])
+def test_claims_share_out_everything_once(n_threads, total):
+    """In order, without gaps, then nothing; the first ones are large, the last ones single."""
+    counter, pieces = np.zeros(1, np.int64), np.zeros((total + 3, 2), np.int64)
+    run_claim(counter.ctypes.data, n_threads, total, pieces)
+    n = int((pieces[:, 0] < pieces[:, 1]).sum())
+    assert pieces[0, 0] == 0
+    assert (pieces[1:n, 0] == pieces[: n - 1, 1]).all()
+    assert pieces[n - 1, 1] == total
+    assert (pieces[n:, 0] >= pieces[n:, 1]).all()
+    sizes = pieces[:n, 1] - pieces[:n, 0]
+    assert sizes[0] == max(1, (total + 1) // 2 // n_threads)
+    assert sizes[-1] == 1
+    assert n <= n_threads * (2 + np.log2(total))
 
 
 def digest() -> str:
@@ -172,8 +198,9 @@ def digest() -> str:
     state = hashlib.sha256()
     for bits, parts in ((4, 1), (4, 2), (8, 1), (8, 2), (16, 1)):
         for shape in SHAPES:
-            state.update(Product(bits, shape, 5, parts).run(1, bias=True).tobytes())
-            state.update(Product(bits, shape, 7, parts).run(TILE_TOKENS[parts]).tobytes())
+            state.update(Product(bits, shape, 5, parts).run(0, bias=True).tobytes())
+            state.update(Product(bits, shape, 7, parts).run(1).tobytes())
+            state.update(Product(bits, shape, 19, parts).run(2).tobytes())
     return state.hexdigest()
 
 

@@ -21,7 +21,17 @@ PREFILL_CHUNK = 256
 """Tokens that go through the layers together; bounds the work buffers."""
 MAX_THREADS = 256
 FINE_BELOW = 1024
-"""Models narrower than this get 15-bit activations: they feel 8 bits, and are fast with 15."""
+"""Models narrower than this get 15-bit activations (two parts of 8 bits): they feel 8 bits, and are fast with 15."""
+FINE_GATE_BELOW = 576
+"""From this width on gate and up, half of all multiplications and the least sensitive, get 8 bits all the same."""
+
+
+def activation_parts(hidden_size: int, activation_bits: int | None = None) -> dict[str, int]:
+    """Parts (1: 8 bits, 2: 15 bits) of the activations that go into each matrix; `activation_bits` is for all of them."""
+    if activation_bits is not None:
+        return dict.fromkeys(("q", "o", "gate", "down", "head"), {8: 1, 15: 2}[activation_bits])
+    fine = 2 if hidden_size < FINE_BELOW else 1
+    return {"q": fine, "o": fine, "gate": 2 if hidden_size < FINE_GATE_BELOW else 1, "down": fine, "head": fine}
 
 
 class CpuBackend:
@@ -45,9 +55,8 @@ class CpuBackend:
         self.n_threads = min(n_threads or default_threads(), MAX_THREADS)
         self._chunk = min(prefill_chunk, n_ctx * n_slots)
         self._cache = KVCache(self.config, n_ctx, n_slots, kv_cache)
-        if activation_bits is None:
-            activation_bits = 15 if self.config.hidden_size < FINE_BELOW else 8
-        self._plan = Plan(model_file, self._cache, self.n_threads, self._chunk, {8: 1, 15: 2}[activation_bits])
+        parts = activation_parts(self.config.hidden_size, activation_bits)
+        self._plan = Plan(model_file, self._cache, self.n_threads, self._chunk, parts)
         self._team = Team(self.n_threads)
         self._record = self._plan.record[0]
         self._prepared, self._barriers_before = False, 0
@@ -73,9 +82,10 @@ class CpuBackend:
         self.prepare()
         lengths = np.zeros(self.n_slots, np.int64)
         np.maximum.at(lengths, slots, positions + 1)
-        # Whole row blocks and token tiles are stored, so the last ones need room.
+        # Whole row blocks are stored, and whole tiles of tokens where there are several: the last ones need room.
         padded = round_up(self.config.vocab_size, 16)
-        logits = np.empty((len(rows) + self._plan.tile_tokens, padded), np.float32)
+        room = self._plan.tile_tokens if len(rows) > 1 else 0
+        logits = np.empty((len(rows) + room, padded), np.float32)
         done = 0
         for start in range(0, len(tokens), self._chunk):
             part = slice(start, min(start + self._chunk, len(tokens)))
@@ -108,17 +118,20 @@ class CpuBackend:
 
     def _run(self, logits: np.ndarray) -> None:
         self._record["logits"], self._record["logits_stride"] = logits.ctypes.data, logits.strides[0]
-        plan = self._plan
-        plan.control[CANCEL * LINE // 8 + 1 :] = 0
         self._barriers_before = self._barriers_passed()
+        control = self._plan.control
         try:
-            whole = self._team.run(lambda rank: forward(plan.record, plan.layers, plan.packs, rank), self._must_join)
+            whole = self._team.run(self._program, self._must_join)
         except BaseException:
-            plan.control[CANCEL * LINE // 8] = 0
+            control[CANCEL * LINE // 8] = 0
             raise
         if not whole:
-            plan.control[CANCEL * LINE // 8] = 0
+            control[CANCEL * LINE // 8] = 0
             raise CancelledError("the forward pass was cancelled; what was computed before stays in the cache")
+
+    def _program(self, rank: int) -> bool:
+        plan = self._plan
+        return forward(plan.record, plan.layers, plan.packs, rank)
 
     def _must_join(self) -> bool:
         """After an interrupt: True if nobody has passed a barrier, which takes all. The pass is to end soon."""

@@ -12,21 +12,24 @@ A code has one part (int8) or two (15 bits, high and low; see `tiles`):
 
 from __future__ import annotations
 
-from numba import types
+from numba import int64, types
 
 from .jit import kernel
 from .simd import ADDRESS, emit_native_call, vector_intrinsic
 from .sync import fetch_add
 from .tiles import ARGUMENTS
 
+ONE, FEW, MANY = 0, 1, 2
+"""The sizes of a pack's tiles: see `tiles.SIZES`."""
+
 L2_CHUNK = 256 * 1024
 """Bytes of weights that stay in the second-level cache while the token tiles stream over them."""
 
 
 @vector_intrinsic(types.void, *[ADDRESS] * (ARGUMENTS + 1))
-def call_tile(b, address, weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
+def call_tile(b, address, weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
     """Call a kernel of `tiles` by its address."""
-    emit_native_call(b, address, weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+    emit_native_call(b, address, weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
 
 
 @kernel
@@ -42,53 +45,64 @@ def multiply_tile(matrix, first, blocks, pack, index, out, out_stride, add):
     at = index * groups * pack.tile
     codes = pack.values + at * 512 if matrix.bits == 16 else pack.codes + at * 128 * pack.parts
     x_scales, x_sums = pack.scales + at * 4, pack.sums + at * 4 * pack.parts
-    function = matrix.kernel_one if pack.tile == 1 else matrix.kernel_tile
-    call_tile(
-        function, weights, scales, bias, codes, x_scales, x_sums, groups, out + first * 64, out_stride, add, blocks
-    )
+    function = matrix.kernel_one if pack.size == ONE else matrix.kernel_few if pack.size == FEW else matrix.kernel_many
+    out += first * 64
+    call_tile(function, weights, scales, bias, codes, x_scales, x_sums, matrix.inputs, out, out_stride, add, blocks)
 
 
 @kernel
-def chunk_blocks(matrix, total_blocks, n_threads):
-    """Row blocks that a thread takes at a time: even, small enough to share out and to stay in L2."""
-    block_bytes = matrix.groups * 256 * matrix.bits
-    chunk = min(total_blocks // (8 * n_threads), max(1, L2_CHUNK // block_bytes))
-    return max(2, chunk // 2 * 2)
-
-
-@kernel
-def multiply(counter, n_threads, matrix, pack, tiles, out, out_stride, add):
-    """out[token][row] (+)= matrix times pack, shared out among the team by `counter` (address, zeroed)."""
-    chunk = chunk_blocks(matrix, matrix.blocks, n_threads)
-    while True:
-        first = fetch_add(counter, chunk)
-        if first >= matrix.blocks:
-            return
-        blocks = min(chunk, matrix.blocks - first)
-        for index in range(tiles):
+def multiply_tiles(matrix, first, end, pack, n_tokens, out, out_stride, add):
+    """Row blocks first..end-1 of `matrix` times all tiles of `pack`: a piece that stays in cache, times all, in turn."""
+    chunk = end - first
+    if pack.size != ONE:
+        chunk = max(1, L2_CHUNK // (matrix.groups * 256 * matrix.bits))
+    while first < end:
+        blocks = min(chunk, end - first)
+        for index in range((n_tokens + pack.tile - 1) // pack.tile):
             multiply_tile(matrix, first, blocks, pack, index, out + index * pack.tile * out_stride, out_stride, add)
+        first += blocks
 
 
 @kernel
-def multiply_three(counter, n_threads, q, k, v, pack, tiles, q_out, k_out, v_out, out_stride):
+def claim(counter, n_threads, total):
+    """The next piece of work, first..end-1 of `total` row blocks; empty when there is none. `counter`: address, zeroed.
+
+    Each round hands out half of what is left in equal pieces, so a thread streams long stretches of memory, and a slow
+    or interrupted one keeps nobody waiting at the end. (Guided self-scheduling: Polychronopoulos and Kuck 1987.)
+    """
+    ticket = fetch_add(counter, 1)
+    first, left = int64(0), total
+    while True:
+        round_size = left - left // 2
+        if round_size <= n_threads:
+            return min(first + ticket, total), min(first + ticket + 1, total)
+        if ticket < n_threads:
+            return first + round_size * ticket // n_threads, first + round_size * (ticket + 1) // n_threads
+        first += round_size
+        left -= round_size
+        ticket -= n_threads
+
+
+@kernel
+def multiply(counter, n_threads, matrix, pack, n_tokens, out, out_stride, add):
+    """out[token][row] (+)= matrix times pack, shared out among the team by `counter` (address, zeroed)."""
+    while True:
+        first, end = claim(counter, n_threads, matrix.blocks)
+        if first >= end:
+            return
+        multiply_tiles(matrix, first, end, pack, n_tokens, out, out_stride, add)
+
+
+@kernel
+def multiply_three(counter, n_threads, q, k, v, pack, n_tokens, q_out, k_out, v_out, out_stride):
     """`multiply` for q, k and v as one piece of work: their rows share the activations."""
     total = q.blocks + k.blocks + v.blocks
-    chunk = chunk_blocks(q, total, n_threads)
     while True:
-        start = fetch_add(counter, chunk)
-        if start >= total:
+        first, end = claim(counter, n_threads, total)
+        if first >= end:
             return
-        end = min(start + chunk, total)
-        while start < end:
-            # The part of the chunk that lies in one matrix.
-            if start < q.blocks:
-                matrix, first, out, stop = q, start, q_out, q.blocks
-            elif start < q.blocks + k.blocks:
-                matrix, first, out, stop = k, start - q.blocks, k_out, q.blocks + k.blocks
-            else:
-                matrix, first, out, stop = v, start - q.blocks - k.blocks, v_out, total
-            blocks = min(end, stop) - start
-            for index in range(tiles):
-                to = out + index * pack.tile * out_stride
-                multiply_tile(matrix, first, blocks, pack, index, to, out_stride, 0)
-            start += blocks
+        # The parts of the piece that lie in each matrix.
+        before_v = q.blocks + k.blocks
+        multiply_tiles(q, first, min(end, q.blocks), pack, n_tokens, q_out, out_stride, 0)
+        multiply_tiles(k, max(first - q.blocks, 0), min(end - q.blocks, k.blocks), pack, n_tokens, k_out, out_stride, 0)
+        multiply_tiles(v, max(first - before_v, 0), end - before_v, pack, n_tokens, v_out, out_stride, 0)

@@ -13,8 +13,9 @@ from ...format import ModelFile
 from ...kv_cache import KVCache, aligned_zeros
 from ...quant import padded_shape, round_up
 from . import attention, vector_ops
+from .matmul import FEW, MANY, ONE
 from .sync import LINE
-from .tiles import KERNELS, TILE_TOKENS
+from .tiles import KERNELS, SIZES, STEP
 
 
 def _record(**fields):
@@ -25,14 +26,16 @@ def _int64s(names: str):
     return {name: None for name in names.split()}
 
 
-# A matrix: addresses (bias 0: none), and its size in row blocks and groups; bits 4, 8, 16 (or 0: see embed).
-MATRIX = _record(**_int64s("bits weights scales bias blocks groups kernel_one kernel_tile"))
+# A matrix: addresses (bias 0: none), and its size in row blocks, groups and inputs (see `tiles`); bits 4, 8, 16 (or 0:
+# see embed); parts of the activations that it is multiplied with.
+MATRIX = _record(**_int64s("bits weights scales bias blocks groups inputs parts kernel_one kernel_few kernel_many"))
 _LAYER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 LAYER = _record(
     **_int64s("input_norm post_norm keys values key_scales value_scales"), **{name: MATRIX for name in _LAYER_MATRICES}
 )
-# Activations made ready for a matrix: see `matmul`. Pack i < n_threads is thread i's own, for one token.
-PACK = _record(**_int64s("tile parts codes scales sums values"))
+# Activations made ready for a matrix: see `matmul`. Packs [parts - 1][i], i < n_threads: thread i's own, for one token;
+# the last two are everybody's, in tiles for a few tokens and for many.
+PACK = _record(**_int64s("size tile parts codes scales sums values"))
 PLAN = _record(
     **_int64s("hidden_size intermediate_size n_layers n_heads n_kv_heads head_dim activation n_threads"),
     **_int64s("kv_bytes value_stride key_head_bytes value_head_bytes key_slot_bytes value_slot_bytes"),
@@ -47,13 +50,13 @@ PLAN = _record(
     query_scale=np.float32,
 )
 
-# Lines of the control buffer, then one counter for each piece of shared work.
+# Lines of the control buffer, then one counter for each piece of shared work: of a call, then twice those of a layer.
 BARRIER, CANCEL, DECISION, COUNTERS = 0, 2, 3, 4
-WORK_PER_LAYER = 10
 WORK_PER_CALL = 3
+WORK_PER_LAYER = 10
 
-UP_BLOCKS = 8
-"""Row blocks of gate and up that a thread computes before it multiplies them."""
+UP_CELLS = 128
+"""Row blocks x tokens of gate and up that a thread computes before it multiplies them: they stay in cache."""
 
 _ACTIVATIONS = {
     "silu": vector_ops.SILU,
@@ -67,14 +70,16 @@ _BITS = {"int4.g128": 4, "int8.g128": 8, "f16.r16": 16, "f16": vector_ops.ROW_MA
 class Plan:
     """Builds the records for one open model and owns every buffer behind their addresses."""
 
-    def __init__(self, file: ModelFile, cache: KVCache, n_threads: int, max_tokens: int, parts: int):
+    def __init__(self, file: ModelFile, cache: KVCache, n_threads: int, max_tokens: int, parts: dict[str, int]):
+        """`parts`: of the activations that go into q (k, v), o, gate (up), down and head."""
         config = file.config
         self._file, self._cache = file, cache
         self._owned: list[np.ndarray] = []
-        self.parts, self.tile_tokens = parts, TILE_TOKENS[parts]
+        self._parts = {**parts, "k": parts["q"], "v": parts["q"], "up": parts["gate"]}
+        self.tile_tokens = max(SIZES[1])
         self.max_tokens = round_up(max_tokens, self.tile_tokens)
         self.layers = np.zeros(config.num_hidden_layers, LAYER)
-        self.packs = np.zeros(n_threads + 1, PACK)
+        self.packs = np.zeros((2, n_threads + 2), PACK)
         self.record = np.zeros(1, PLAN)
         self._fill_sizes(config, cache, n_threads)
         self._fill_weights(config, cache)
@@ -97,7 +102,7 @@ class Plan:
         p["key_head_bytes"], p["value_head_bytes"] = cache.key_head_bytes, cache.value_head_bytes
         p["key_slot_bytes"], p["value_slot_bytes"] = cache.key_slot_bytes, cache.value_slot_bytes
 
-    def _matrix(self, name: str) -> tuple[int, ...]:
+    def _matrix(self, name: str, parts: int) -> tuple[int, ...]:
         """A MATRIX record for a tensor by its name without suffix."""
         file = self._file
         quantized = f"{name}.qweight" in file.tensors
@@ -105,7 +110,8 @@ class Plan:
         n, k = padded_shape(*entry.shape)
         scales = file.address(f"{name}.scales") if quantized else 0
         bias = self._vector(f"{name}.bias", n) if f"{name}.bias" in file.tensors else 0
-        return _BITS[entry.layout], file.address(entry.name), scales, bias, n // 16, k // 128, 0, 0
+        inputs = round_up(entry.shape[1], STEP)
+        return _BITS[entry.layout], file.address(entry.name), scales, bias, n // 16, k // 128, inputs, parts, 0, 0, 0
 
     def link(self) -> None:
         """Put the addresses of tile and attention kernels into the records; compiles those that are needed."""
@@ -114,8 +120,12 @@ class Plan:
         matrices = [self.layers[name] for name in _LAYER_MATRICES] + [self.record["head"]]
         for records in matrices:
             for record in records:
-                one, tile = KERNELS[int(record["bits"]), self.parts]
-                record["kernel_one"], record["kernel_tile"] = one.address, tile.address
+                parts = int(record["parts"])
+                one, few, many = KERNELS[int(record["bits"]), parts]
+                if SIZES[parts][FEW] == SIZES[parts][MANY]:
+                    few = many
+                record["kernel_one"], record["kernel_few"] = one.address, few.address
+                record["kernel_many"] = many.address
 
     def _vector(self, name: str, length: int) -> int:
         """The address of a float32 vector of the file, copied and padded with zeros to `length`."""
@@ -127,17 +137,17 @@ class Plan:
     def _fill_weights(self, config: LlamaConfig, cache: KVCache) -> None:
         width = round_up(config.hidden_size, 128)
         p = self.record[0]
-        p["embed"] = self._matrix("model.embed_tokens")
-        p["head"] = p["embed"] if config.tie_word_embeddings else self._matrix("lm_head")
+        p["embed"] = self._matrix("model.embed_tokens", self._parts["head"])
+        p["head"] = p["embed"] if config.tie_word_embeddings else self._matrix("lm_head", self._parts["head"])
         p["final_norm"] = self._vector("model.norm.weight", width)
         for i, layer in enumerate(self.layers):
             prefix = f"model.layers.{i}"
             layer["input_norm"] = self._vector(f"{prefix}.input_layernorm.weight", width)
             layer["post_norm"] = self._vector(f"{prefix}.post_attention_layernorm.weight", width)
             for name in "qkvo":
-                layer[name] = self._matrix(f"{prefix}.self_attn.{name}_proj")
+                layer[name] = self._matrix(f"{prefix}.self_attn.{name}_proj", self._parts[name])
             for name in ("gate", "up", "down"):
-                layer[name] = self._matrix(f"{prefix}.mlp.{name}_proj")
+                layer[name] = self._matrix(f"{prefix}.mlp.{name}_proj", self._parts[name])
             layer["keys"], layer["values"], layer["key_scales"], layer["value_scales"] = cache.addresses(i)
 
     def _fill_buffers(self, config: LlamaConfig, n_threads: int) -> None:
@@ -159,20 +169,24 @@ class Plan:
         # Each thread's scratch: codes to quantize into, a normalized row, a tile of `up`, and attention's.
         p["normed"] = 256
         p["up"] = int(p["normed"]) + 4 * hidden
-        p["attention_scratch"] = int(p["up"]) + 4 * self.tile_tokens * UP_BLOCKS * 16
+        p["attention_scratch"] = int(p["up"]) + 64 * UP_CELLS
         p["scratch_stride"] = round_up(
             int(p["attention_scratch"]) + 64 + attention.scratch_bytes(self._cache.value_stride), LINE
         )
         p["scratch"] = self.zeros(n_threads * int(p["scratch_stride"]))
 
         head_is_f16 = int(p["head"]["bits"]) == 16
-        for i, pack in enumerate(self.packs):
-            tile, n = (1, 1) if i < n_threads else (self.tile_tokens, tokens)
-            groups, parts = widest // 128, self.parts
-            pack["tile"], pack["parts"], pack["codes"] = tile, parts, self.zeros(n * widest * parts)
-            pack["scales"], pack["sums"] = self.zeros(4 * n * groups), self.zeros(4 * n * groups * parts)
-            pack["values"] = self.zeros(4 * n * hidden) if head_is_f16 else 0
+        # Packs of one and of two parts, and of both sizes of tile, are never in use at once: they share the buffers.
+        groups, most_parts = widest // 128, max(self._parts.values())
+        for i in range(n_threads + 2):
+            size = max(ONE, i - n_threads + FEW)
+            if size != MANY:
+                n = 1 if size == ONE else tokens
+                codes, scales = self.zeros(n * widest * most_parts), self.zeros(4 * n * groups)
+                sums = self.zeros(4 * n * groups * most_parts)
+                values = self.zeros(4 * n * hidden) if head_is_f16 else 0
+            for parts in (1, 2):
+                self.packs[parts - 1, i] = size, SIZES[parts][size], parts, codes, scales, sums, values
 
-        counters = WORK_PER_LAYER * config.num_hidden_layers + WORK_PER_CALL
-        p["control"] = self.zeros((COUNTERS + counters) * LINE)
+        p["control"] = self.zeros((COUNTERS + WORK_PER_CALL + 2 * WORK_PER_LAYER) * LINE)
         self.control = self._owned[-1].view(np.int64)

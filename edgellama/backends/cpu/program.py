@@ -12,8 +12,8 @@ from numba import float32, int64
 
 from .attention import QUERIES, attend
 from .jit import entry_point, kernel
-from .matmul import chunk_blocks, multiply, multiply_three, multiply_tile
-from .plan import BARRIER, CANCEL, COUNTERS, DECISION, UP_BLOCKS, WORK_PER_LAYER
+from .matmul import claim, multiply, multiply_three, multiply_tile
+from .plan import BARRIER, CANCEL, COUNTERS, DECISION, UP_CELLS, WORK_PER_CALL, WORK_PER_LAYER
 from .simd import load_i32, load_i64, store_i64
 from .sync import LINE, atomic_load, atomic_store, barrier, fetch_add
 from .vector_ops import (
@@ -37,53 +37,79 @@ ATTENTION_TOKENS = 16
 def forward(plans, layers, packs, rank):
     """Tokens in, logits of the wanted rows out; False if cancelled.
 
-    plans: PLAN[1], layers: LAYER[n_layers], packs: PACK[n_threads + 1]; see `plan`. The control buffer past
-    the cancel flag must be zero.
+    plans: PLAN[1], layers: LAYER[n_layers], packs: PACK[2, n_threads + 2]; see `plan`. Rank 0 is back when nobody reads
+    the tables any more, but for DECISION where the result is False.
     """
     p = plans[0]
     one = p.n_tokens == 1
-    pack = packs[rank] if one else packs[p.n_threads]
-    tiles = int64(1) if one else (p.n_tokens + pack.tile - 1) // pack.tile
     scratch = p.scratch + rank * p.scratch_stride
     words = p.control + BARRIER * LINE
-    counter = p.control + COUNTERS * LINE
+    n_rows = p.n_rows  # once rank 0 is back the next call's tables are filled in, and others may still be on the way
+    # Two sets of counters in turn: one is cleared while the other is in use.
+    for_call = p.control + COUNTERS * LINE
+    counter, other = for_call + WORK_PER_CALL * LINE, for_call + (WORK_PER_CALL + WORK_PER_LAYER) * LINE
+    if rank == 0:
+        clear(for_call + LINE, WORK_PER_CALL - 1 + 2 * WORK_PER_LAYER)
 
-    embed_tokens(p, counter)
+    embed_tokens(p, for_call)
     barrier(words, p.n_threads)
-    counter += LINE
     for i in range(p.n_layers):
         layer = layers[i]
 
         # Attention: x += o_proj(attention(rope(q), rope(k), v)) with q, k, v from the normalized x.
+        pack = packs[layer.q.parts - 1, pack_index(p, packs, layer.q, p.n_tokens, rank)]
         pack_tokens(p, counter, pack, p.x, p.x_stride, layer.input_norm, layer.q.groups, scratch)
-        multiply_three(counter + LINE, p.n_threads, layer.q, layer.k, layer.v, pack, tiles,
+        multiply_three(counter + LINE, p.n_threads, layer.q, layer.k, layer.v, pack, p.n_tokens,
                        p.qkv, p.qkv + p.k_column, p.qkv + p.v_column, p.qkv_stride)  # fmt: skip
         barrier(words, p.n_threads)
+        if rank == 0:
+            clear(other, WORK_PER_LAYER)
         if not one:
             rotate_and_store_all(p, counter + 2 * LINE, layer)
             barrier(words, p.n_threads)
         attend_all(p, counter + 3 * LINE, layer, scratch)
         barrier(words, p.n_threads)
+        pack = packs[layer.o.parts - 1, pack_index(p, packs, layer.o, p.n_tokens, rank)]
         pack_tokens(p, counter + 4 * LINE, pack, p.attention, p.attention_stride, 0, layer.o.groups, scratch)
-        multiply(counter + 5 * LINE, p.n_threads, layer.o, pack, tiles, p.x, p.x_stride, 1)
+        multiply(counter + 5 * LINE, p.n_threads, layer.o, pack, p.n_tokens, p.x, p.x_stride, 1)
         barrier(words, p.n_threads)
 
         # MLP: x += down_proj(act(gate_proj(x)) * up_proj(x)) with the normalized x.
+        pack = packs[layer.gate.parts - 1, pack_index(p, packs, layer.gate, p.n_tokens, rank)]
         pack_tokens(p, counter + 6 * LINE, pack, p.x, p.x_stride, layer.post_norm, layer.gate.groups, scratch)
-        gate_and_up(p, counter + 7 * LINE, layer, pack, tiles, scratch)
+        gate_and_up(p, counter + 7 * LINE, layer, pack, scratch)
         if rank == 0:
             atomic_store(p.control + DECISION * LINE, atomic_load(p.control + CANCEL * LINE))
         barrier(words, p.n_threads)
         if atomic_load(p.control + DECISION * LINE) != 0:
+            if rank == 0:
+                atomic_store(for_call, 0)
             return False
+        pack = packs[layer.down.parts - 1, pack_index(p, packs, layer.down, p.n_tokens, rank)]
         pack_tokens(p, counter + 8 * LINE, pack, p.mlp, p.mlp_stride, 0, layer.down.groups, scratch)
-        multiply(counter + 9 * LINE, p.n_threads, layer.down, pack, tiles, p.x, p.x_stride, 1)
+        multiply(counter + 9 * LINE, p.n_threads, layer.down, pack, p.n_tokens, p.x, p.x_stride, 1)
         barrier(words, p.n_threads)
-        counter += WORK_PER_LAYER * LINE
+        counter, other = other, counter
 
-    if p.n_rows > 0:
-        logits_of_rows(p, counter, packs, rank, scratch)
+    if rank == 0:
+        atomic_store(for_call, 0)
+    if n_rows > 0:
+        logits_of_rows(p, for_call + LINE, packs, rank, scratch)
     return True
+
+
+@kernel
+def clear(counter, n):
+    for i in range(n):
+        atomic_store(counter + i * LINE, 0)
+
+
+@kernel
+def pack_index(p, packs, matrix, n, rank):
+    """Which pack takes `n` tokens for `matrix`: the thread's own, or everybody's for a few or for many."""
+    if n == 1:
+        return rank
+    return p.n_threads if n <= packs[matrix.parts - 1, p.n_threads].tile else p.n_threads + 1
 
 
 @kernel
@@ -218,29 +244,31 @@ def attend_tokens(p, layer, head, first, end, scratch):
 
 
 @kernel
-def gate_and_up(p, counter, layer, pack, tiles, scratch):
+def gate_and_up(p, counter, layer, pack, scratch):
     """mlp = act(gate_proj) * up_proj, a few row blocks of both at a time."""
-    chunk = min(chunk_blocks(layer.gate, layer.gate.blocks, p.n_threads), UP_BLOCKS)
-    up = scratch + p.up
+    room = UP_CELLS // pack.tile
+    up, up_stride = scratch + p.up, room * 64
     while True:
-        first = fetch_add(counter, chunk)
-        if first >= layer.gate.blocks:
+        first, end = claim(counter, p.n_threads, layer.gate.blocks)
+        if first >= end:
             return
-        blocks = min(chunk, layer.gate.blocks - first)
-        for index in range(tiles):
-            out = p.mlp + index * pack.tile * p.mlp_stride
-            multiply_tile(layer.gate, first, blocks, pack, index, out, p.mlp_stride, 0)
-            # `up` holds only these row blocks: row 0 of the matrix would lie before it.
-            multiply_tile(layer.up, first, blocks, pack, index, up - first * 64, UP_BLOCKS * 64, 0)
-            for t in range(pack.tile):
-                gate(out + t * p.mlp_stride + first * 64, up + t * UP_BLOCKS * 64, blocks * 16, p.activation)
+        while first < end:
+            blocks = min(room, end - first)
+            for index in range((p.n_tokens + pack.tile - 1) // pack.tile):
+                out = p.mlp + index * pack.tile * p.mlp_stride
+                multiply_tile(layer.gate, first, blocks, pack, index, out, p.mlp_stride, 0)
+                # `up` holds only these row blocks: row 0 of the matrix would lie before it.
+                multiply_tile(layer.up, first, blocks, pack, index, up - first * 64, up_stride, 0)
+                for t in range(pack.tile):
+                    gate(out + t * p.mlp_stride + first * 64, up + t * up_stride, blocks * 16, p.activation)
+            first += blocks
 
 
 @kernel
 def logits_of_rows(p, counter, packs, rank, scratch):
     """logits = lm_head(norm(x)) for the wanted rows."""
     one = p.n_rows == 1
-    pack = packs[rank] if one else packs[p.n_threads]
+    pack = packs[p.head.parts - 1, pack_index(p, packs, p.head, p.n_rows, rank)]
     tile = pack.tile
     groups, is_f16 = p.head.groups, p.head.bits == 16
     tiles = (p.n_rows + tile - 1) // tile
@@ -258,5 +286,5 @@ def logits_of_rows(p, counter, packs, rank, scratch):
         if one:
             break
     barrier(p.control + BARRIER * LINE, p.n_threads)
-    multiply(counter + LINE, p.n_threads, p.head, pack, tiles, p.logits, p.logits_stride, 0)
+    multiply(counter + LINE, p.n_threads, p.head, pack, p.n_rows, p.logits, p.logits_stride, 0)
     barrier(p.control + BARRIER * LINE, p.n_threads)

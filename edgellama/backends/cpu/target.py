@@ -1,4 +1,4 @@
-"""Which dot-product instruction the code that Numba compiles may use, and the tile shapes that suit it.
+"""Which dot-product instruction the code that Numba compiles may use, and the tiles that suit it.
 
 Numba compiles for the host, or for what `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` say; this module asks
 Numba, never the hardware, so a test can run every x86 path on one machine. It knows nothing of kernels.
@@ -22,12 +22,12 @@ _AVX2 = (
 
 
 class Target(NamedTuple):
-    """What the kernels ask: tiles are row blocks x tokens of one GEMM step."""
+    """What the kernels ask. Columns: how many sums of one row block are kept in registers (see `tiles`)."""
 
     dot4: str  # how four neighbouring int8 products are summed: avx512vnni | avxvnni | avx2 | neon | plain
     float16: bool  # instructions convert to and from float16; without them LLVM would call a missing library
-    tile_tokens: int
-    tile_blocks: int
+    few_columns: int
+    many_columns: int
 
 
 def choose(arch: str, cpu_name: str, features: str) -> Target:
@@ -44,14 +44,14 @@ def choose(arch: str, cpu_name: str, features: str) -> Target:
 
     if arch in ("x86_64", "amd64"):
         if can("avx512vnni", _VNNI_512) and can("avx512bw", _VNNI_512):
-            return Target("avx512vnni", True, 6, 2)
+            return Target("avx512vnni", True, 8, 16)
         if can("avxvnni", _VNNI_256) and can("f16c", _VNNI_256):
-            return Target("avxvnni", True, 4, 1)
+            return Target("avxvnni", True, 4, 4)
         if can("avx2", _VNNI_512 + _VNNI_256 + _AVX2) and can("f16c", _VNNI_512 + _VNNI_256 + _AVX2):
-            return Target("avx2", True, 4, 1)
+            return Target("avx2", True, 4, 4)
     if arch in ("aarch64", "arm64") and ("dotprod" in has or cpu_name.startswith("apple-")):
-        return Target("neon", True, 4, 1)
-    return Target("plain", arch in ("aarch64", "arm64"), 4, 1)
+        return Target("neon", True, 4, 4)
+    return Target("plain", arch in ("aarch64", "arm64"), 4, 4)
 
 
 def numba_target() -> Target:

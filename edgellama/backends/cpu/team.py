@@ -45,8 +45,9 @@ class Team:
     def run(self, job: Callable[[int], object], must_join: Callable[[], bool] = lambda: False) -> object:
         """job(rank) in every thread at once; rank 0's result. An error in any thread is raised here.
 
-        An interrupt is raised once no thread computes any more. `must_join` is asked after one: True if rank 0 was
-        interrupted before it got into the job, where the others wait for it.
+        True says that the job ended in a barrier: all have done their work, and none is waited for. An interrupt is
+        raised once no thread computes any more. `must_join` is asked after one: True if rank 0 was interrupted before
+        it got into the job, where the others wait for it.
         """
         if self._pid != os.getpid():
             self._start()
@@ -59,6 +60,8 @@ class Team:
                         go.release()
                 if interrupt is None or (len(run.finished) < len(self._go) and must_join()):
                     result = job(0)
+                    if result is True and interrupt is None:
+                        break
                 while len(run.finished) < len(self._go):
                     self._done.acquire(timeout=_POLL_S)
                 break

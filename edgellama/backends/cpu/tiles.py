@@ -1,4 +1,4 @@
-"""The inner loops: blocks of 16 output rows times a tile of tokens, from the file's layout, in SIMD.
+"""The inner loops: a block of 16 output rows times a tile of tokens, from the file's layout, in SIMD.
 
 Lane = output row, so nothing is summed across lanes. Every output element is computed in one order
 whatever the tile: the integer sum of a group (exact), one conversion, one fma for each group in turn.
@@ -40,12 +40,15 @@ from .simd import (
 )
 from .target import TARGET
 
-TILE_TOKENS = {1: TARGET.tile_tokens, 2: TARGET.tile_tokens // 2}
-"""Tokens of a tile, by the parts of an activation."""
+SIZES = {parts: (1, TARGET.few_columns // parts, TARGET.many_columns // parts) for parts in (1, 2)}
+"""Tokens of a kernel's tile, by the parts of an activation: one token, a few (decode of several sequences), many."""
 ARGUMENTS = 11
-"""All kernels: (weights, scales, bias or 0, codes or values, x_scales, x_sums, groups, out, out_stride, add, blocks).
+"""All kernels: (weights, scales, bias or 0, codes or values, x_scales, x_sums, inputs, out, out_stride, add, blocks).
 
-Addresses, but for groups, out_stride (bytes between tokens), add (1: add to what is in `out`), blocks (row blocks)."""
+Addresses, but for inputs (in_features up to a multiple of STEP), out_stride (bytes between tokens), add (1: add to what
+is in `out`), blocks (row blocks). What pads the last group of 128 inputs is multiplied up to `inputs` only: it is zero."""
+STEP = 32
+"""Inputs that an inner loop takes at a time."""
 
 
 def _cells(b, kind, tokens: int, blocks: int):
@@ -83,18 +86,28 @@ def _emit_epilogue(b, acc, bias, out, out_stride, add, first) -> None:
             emit_store(b, b.load(cell), address, 4)
 
 
-def _int_tile(bits: int, parts: int, tokens: int, step: int):
-    """What emits a kernel for int4 or int8 weights, `tokens` tokens of `parts` parts, `step` row blocks at a time."""
+def _int4(parts: int, tokens: int):
+    return _integers(4, parts, tokens, 1)
+
+
+def _int8(parts: int, tokens: int):
+    # Two streams of weights: one alone does not keep the memory busy, a line of codes is used up too soon.
+    return _integers(8, parts, tokens, 2 if tokens == 1 else 1)
+
+
+def _integers(bits: int, parts: int, tokens: int, step: int):
+    """What emits a kernel for weights of `bits` bits, `step` row blocks at a time."""
     zero = -8 if bits == 4 else INT8_ZERO_IN_DOT
-    lines = 16 if bits == 4 else 32
-    group_bytes = 64 * lines
+    lines = STEP * bits // 32  # of 64 bytes, in a step
+    group_bytes = 256 * bits
     dot = emit_dot4 if bits == 4 else emit_dot4_int8
     columns = parts * tokens  # all high parts, then all low parts
 
-    def tile(b, weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
+    def tile(b, weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+        groups = _groups(b, inputs)
+
         def one_step(first, count: int):
-            total = _cells(b, V_F32, tokens, count)
-            sums = [[cgutils.alloca_once(b, V_I32) for _ in range(columns)] for _ in range(count)]
+            total, sums = _cells(b, V_F32, tokens, count), _cells(b, V_I32, columns, count)
             first_group = b.mul(first, groups)
             block_weights = [
                 emit_offset(b, weights, (first_group, group_bytes), (groups, group_bytes * r)) for r in range(count)
@@ -109,14 +122,19 @@ def _int_tile(bits: int, parts: int, tokens: int, step: int):
                         b.store(emit_splat(b, start), sums[r][c])
                 group_weights = [emit_offset(b, w, (g, group_bytes)) for w in block_weights]
                 group_codes = emit_offset(b, codes, (g, 128 * columns))
-                with cgutils.for_range(b, I64(lines)) as line_loop:
-                    line_codes = emit_offset(b, group_codes, (line_loop.index, 128 // lines * columns))
-                    for r in range(count):
-                        line = emit_load(b, emit_offset(b, group_weights[r], (line_loop.index, 64)), V_I8, 64)
-                        for half, w in enumerate(emit_nibbles(b, line) if bits == 4 else (line,)):
-                            for c in range(columns):
-                                x = emit_broadcast_i32(b, emit_offset(b, line_codes, 4 * columns * half + 4 * c))
-                                b.store(dot(b, b.load(sums[r][c]), w, b.bitcast(x, V_I8)), sums[r][c])
+                left = b.sub(inputs, b.mul(g, I64(128)))
+                inputs_here = b.select(b.icmp_signed("<", left, I64(128)), left, I64(128))
+                with cgutils.for_range(b, b.udiv(inputs_here, I64(STEP))) as loop:
+                    step_codes = emit_offset(b, group_codes, (loop.index, STEP * columns))
+                    for n in range(lines):
+                        for r in range(count):
+                            at = emit_offset(b, group_weights[r], (loop.index, 64 * lines), 64 * n)
+                            line = emit_load(b, at, V_I8, 64)
+                            words = emit_nibbles(b, line) if bits == 4 else (line,)
+                            for i, w in enumerate(words, n * len(words)):
+                                for c in range(columns):
+                                    x = emit_broadcast_i32(b, emit_offset(b, step_codes, 4 * (columns * i + c)))
+                                    b.store(dot(b, b.load(sums[r][c]), w, b.bitcast(x, V_I8)), sums[r][c])
                 for r in range(count):
                     scale = emit_load_f16(b, emit_offset(b, block_scales[r], (g, 32)))
                     for t in range(tokens):
@@ -134,45 +152,51 @@ def _int_tile(bits: int, parts: int, tokens: int, step: int):
     return tile
 
 
-def _f16_tile(tokens: int):
+def _f16(parts: int, tokens: int):
     """What emits a kernel for 16-bit weights (`f16.r16`) and float32 values.
 
-    Four partial sums (K is a multiple of 128), added in a fixed order, hide the latency of fma.
+    Four partial sums (K is a multiple of STEP), added in a fixed order, hide the latency of fma. A few tokens at a time:
+    the sums must fit into the registers.
     """
     partial = 4
 
-    def tile(b, weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks):
-        def one_step(first, _count: int):
-            acc = _cells(b, V_F32, partial, tokens)
+    def tile(b, weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+        groups = _groups(b, inputs)
+
+        def some_tokens(first, start: int, count: int):
+            acc = _cells(b, V_F32, partial, count)
             row_weights = emit_offset(b, weights, (b.mul(first, groups), 128 * 32))
-            with cgutils.for_range(b, b.mul(groups, I64(128 // partial))) as loop:
+            with cgutils.for_range(b, b.udiv(inputs, I64(partial))) as loop:
                 for p in range(partial):
                     line = emit_load_f16(b, emit_offset(b, row_weights, (loop.index, 32 * partial), 32 * p))
-                    x = emit_offset(b, values, (loop.index, 4 * tokens * partial), 4 * tokens * p)
-                    for t in range(tokens):
+                    x = emit_offset(b, values, (loop.index, 4 * tokens * partial), 4 * (tokens * p + start))
+                    for t in range(count):
                         value = emit_broadcast_f32(b, emit_offset(b, x, 4 * t))
                         b.store(emit_fma(b, line, value, b.load(acc[t][p])), acc[t][p])
             for cells in acc:
                 s = [b.load(c) for c in cells]
                 b.store(b.fadd(b.fadd(s[0], s[1]), b.fadd(s[2], s[3])), cells[0])
-            _emit_epilogue(b, [[cells[0] for cells in acc]], bias, out, out_stride, add, first)
+            to = emit_offset(b, out, (out_stride, start))
+            _emit_epilogue(b, [[cells[0] for cells in acc]], bias, to, out_stride, add, first)
+
+        def one_step(first, _count: int):
+            for start in range(0, tokens, 4):
+                some_tokens(first, start, min(4, tokens - start))
 
         _emit_over_blocks(b, blocks, 1, one_step)
 
     return tile
 
 
+def _groups(b, inputs):
+    return b.udiv(b.add(inputs, I64(127)), I64(128))
+
+
 EMITTERS = {
-    f"{weights}_{name}": emitter
+    f"{weights}_{fine}{size}": emitter(parts, tokens)
     for parts, fine in ((1, ""), (2, "fine_"))
-    for weights, name, emitter in (
-        ("int4", f"{fine}one", _int_tile(4, parts, 1, 1)),
-        ("int4", f"{fine}tile", _int_tile(4, parts, TILE_TOKENS[parts], TARGET.tile_blocks)),
-        ("int8", f"{fine}one", _int_tile(8, parts, 1, 1)),
-        ("int8", f"{fine}tile", _int_tile(8, parts, TILE_TOKENS[parts], TARGET.tile_blocks)),
-        ("f16", "one", _f16_tile(1)),
-        ("f16", f"{fine}tile", _f16_tile(TILE_TOKENS[parts])),
-    )
+    for size, tokens in zip(("one", "few", "many"), SIZES[parts], strict=True)
+    for weights, emitter in (("int4", _int4), ("int8", _int8), ("f16", _f16))
 }
 """What writes each kernel's IR: (builder, the eleven arguments)."""
 
@@ -184,74 +208,116 @@ def _intrinsic(name: str):
     return vector_intrinsic(types.void, *[ADDRESS] * ARGUMENTS)(emitter)
 
 
-_int4_one, _int4_tile = _intrinsic("int4_one"), _intrinsic("int4_tile")
-_int8_one, _int8_tile = _intrinsic("int8_one"), _intrinsic("int8_tile")
-_int4_fine_one, _int4_fine_tile = _intrinsic("int4_fine_one"), _intrinsic("int4_fine_tile")
-_int8_fine_one, _int8_fine_tile = _intrinsic("int8_fine_one"), _intrinsic("int8_fine_tile")
-_f16_one, _f16_tile_coarse, _f16_tile_fine = _intrinsic("f16_one"), _intrinsic("f16_tile"), _intrinsic("f16_fine_tile")
+_int4_one = _intrinsic("int4_one")
+_int4_few = _intrinsic("int4_few")
+_int4_many = _intrinsic("int4_many")
+_int4_fine_one = _intrinsic("int4_fine_one")
+_int4_fine_few = _intrinsic("int4_fine_few")
+_int4_fine_many = _intrinsic("int4_fine_many")
+_int8_one = _intrinsic("int8_one")
+_int8_few = _intrinsic("int8_few")
+_int8_many = _intrinsic("int8_many")
+_int8_fine_one = _intrinsic("int8_fine_one")
+_int8_fine_few = _intrinsic("int8_fine_few")
+_int8_fine_many = _intrinsic("int8_fine_many")
+_f16_one = _intrinsic("f16_one")
+_f16_few = _intrinsic("f16_few")
+_f16_many = _intrinsic("f16_many")
+_f16_fine_few = _intrinsic("f16_fine_few")
+_f16_fine_many = _intrinsic("f16_fine_many")
 
 
 @Native
-def int4_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
-    _int4_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+def int4_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _int4_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
 
 
 @Native
-def int4_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
-    _int4_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+def int4_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _int4_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
 
 
 @Native
-def int4_fine_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
-    _int4_fine_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+def int4_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _int4_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
 
 
 @Native
-def int4_fine_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
-    _int4_fine_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+def int4_fine_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _int4_fine_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
 
 
 @Native
-def int8_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
-    _int8_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+def int4_fine_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _int4_fine_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
 
 
 @Native
-def int8_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
-    _int8_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+def int4_fine_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _int4_fine_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
 
 
 @Native
-def int8_fine_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
-    _int8_fine_one(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+def int8_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _int8_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
 
 
 @Native
-def int8_fine_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks):
-    _int8_fine_tile(weights, scales, bias, codes, x_scales, x_sums, groups, out, out_stride, add, blocks)
+def int8_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _int8_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
 
 
 @Native
-def f16_one(weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks):
-    _f16_one(weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks)
+def int8_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _int8_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
 
 
 @Native
-def f16_tile(weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks):
-    _f16_tile_coarse(weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks)
+def int8_fine_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _int8_fine_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
 
 
 @Native
-def f16_fine_tile(weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks):
-    _f16_tile_fine(weights, scales, bias, values, x_scales, x_sums, groups, out, out_stride, add, blocks)
+def int8_fine_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _int8_fine_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+
+
+@Native
+def int8_fine_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _int8_fine_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+
+
+@Native
+def f16_one(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _f16_one(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+
+
+@Native
+def f16_few(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _f16_few(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+
+
+@Native
+def f16_many(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _f16_many(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+
+
+@Native
+def f16_fine_few(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _f16_fine_few(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+
+
+@Native
+def f16_fine_many(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    _f16_fine_many(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks)
 
 
 KERNELS = {
-    (4, 1): (int4_one, int4_tile),
-    (4, 2): (int4_fine_one, int4_fine_tile),
-    (8, 1): (int8_one, int8_tile),
-    (8, 2): (int8_fine_one, int8_fine_tile),
-    (16, 1): (f16_one, f16_tile),
-    (16, 2): (f16_one, f16_fine_tile),
+    (4, 1): (int4_one, int4_few, int4_many),
+    (4, 2): (int4_fine_one, int4_fine_few, int4_fine_many),
+    (8, 1): (int8_one, int8_few, int8_many),
+    (8, 2): (int8_fine_one, int8_fine_few, int8_fine_many),
+    (16, 1): (f16_one, f16_few, f16_many),
+    (16, 2): (f16_one, f16_fine_few, f16_fine_many),
 }
-"""(bits of the weights, parts of the activations) -> kernels for one token and for a tile."""
+"""(bits of the weights, parts of the activations) -> kernels for tiles of SIZES[parts] tokens."""
