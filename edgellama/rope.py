@@ -8,6 +8,7 @@ Does not know: queries, keys or caches. Their halves are paired as Hugging Face 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -23,7 +24,14 @@ def inverse_frequencies(config: LlamaConfig, seq_len: int) -> tuple[np.ndarray, 
     Types `dynamic` and `longrope` depend on `seq_len`, the highest position of the call + 1, as in transformers when a
     sequence is computed in one call. (transformers remembers its longest call so far; this function has no memory.)
     """
-    return _TYPES[config.rope.rope_type](config, seq_len)
+    return _cached(config, seq_len if config.rope.rope_type in _DEPEND_ON_LENGTH else 0)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached(config: LlamaConfig, seq_len: int) -> tuple[np.ndarray, float]:
+    frequencies, attention_scaling = _TYPES[config.rope.rope_type](config, seq_len)
+    frequencies.setflags(write=False)  # it is everybody's
+    return frequencies, attention_scaling
 
 
 def cos_sin(config: LlamaConfig, positions: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -133,3 +141,4 @@ _TYPES = {
     "longrope": _longrope,
     "llama3": _llama3,
 }
+_DEPEND_ON_LENGTH = {"dynamic", "longrope"}

@@ -53,25 +53,33 @@ def check_batch(
     Kernels check nothing: this is what stands between a wrong number and memory that is not ours. A position beyond the
     cache is a ContextError; the rest can only be a caller's mistake and is a ValueError.
     """
-    batch = {"tokens": tokens, "positions": positions, "slots": slots, "rows": rows}
-    arrays = {name: np.atleast_1d(np.asarray(value)) for name, value in batch.items()}
-    n_tokens = arrays["tokens"].size
+    n_tokens = np.size(tokens)
     if n_tokens == 0:
         raise ValueError("tokens must not be empty")
-    limits = {"tokens": vocab_size, "positions": backend.n_ctx, "slots": backend.n_slots, "rows": n_tokens}
-    for name, array in arrays.items():
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):  # an empty list has no kind
-            raise ValueError(f"{name} must be a list of whole numbers, got {array.dtype} {array.shape}")
-        if name != "rows" and array.size != n_tokens:
-            raise ValueError(f"{name} has {array.size} entries for {n_tokens} tokens")
-        if array.size and array.min() < 0:
-            raise ValueError(f"{name} must not be negative, got {array.min()}")
-        if array.size and array.max() >= limits[name]:
+    checked_tokens = _checked("tokens", tokens, vocab_size, n_tokens)
+    checked_positions = _checked("positions", positions, backend.n_ctx, n_tokens)
+    checked_slots = _checked("slots", slots, backend.n_slots, n_tokens)
+    checked_rows = _checked("rows", rows, n_tokens, None)
+    if n_tokens > 1:
+        places = checked_slots.astype(np.int64) * backend.n_ctx + checked_positions
+        if np.unique(places).size != n_tokens:
+            raise ValueError("two tokens have the same slot and position")
+    return checked_tokens, checked_positions, checked_slots, checked_rows
+
+
+def _checked(name: str, value: ArrayLike, limit: int, size: int | None) -> np.ndarray:
+    """One array of `check_batch`: int32, whole numbers below `limit`, `size` of them. A decode step calls it for each."""
+    array = np.atleast_1d(np.asarray(value))
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):  # an empty list has no kind
+        raise ValueError(f"{name} must be a list of whole numbers, got {array.dtype} {array.shape}")
+    if size is not None and array.size != size:
+        raise ValueError(f"{name} has {array.size} entries for {size} tokens")
+    if array.size:
+        lowest, highest = (array[0], array[0]) if array.size == 1 else (array.min(), array.max())
+        if lowest < 0:
+            raise ValueError(f"{name} must not be negative, got {lowest}")
+        if highest >= limit:
             if name == "positions":
-                raise ContextError(f"{array.max() + 1} tokens do not fit into a context of {backend.n_ctx} (n_ctx)")
-            raise ValueError(f"{name} must be below {limits[name]}, got {array.max()}")
-    checked = {name: np.ascontiguousarray(array, np.int32) for name, array in arrays.items()}
-    places = checked["slots"].astype(np.int64) * backend.n_ctx + checked["positions"]
-    if np.unique(places).size != n_tokens:
-        raise ValueError("two tokens have the same slot and position")
-    return checked["tokens"], checked["positions"], checked["slots"], checked["rows"]
+                raise ContextError(f"{highest + 1} tokens do not fit into a context of {limit} (n_ctx)")
+            raise ValueError(f"{name} must be below {limit}, got {highest}")
+    return np.ascontiguousarray(array, np.int32)
