@@ -5,7 +5,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-typedef void kernel(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+typedef void kernel(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                    int64_t);
 #define KERNEL(name) extern kernel name;
 #include "kernels.h"
 #undef KERNEL
@@ -23,6 +24,6 @@ int main(void) {
         if (!array || fread(array, 1, bytes, stdin) != bytes) return 2;
         at[i] = bytes ? (int64_t)array : 0;
     }
-    kernels[head[0]](at[0], at[1], at[2], at[3], at[4], at[5], head[1], at[6], head[2], head[3], head[4]);
+    kernels[head[0]](at[0], at[1], at[2], at[3], at[4], at[5], head[1], at[6], head[2], head[3], head[4], 1);
     return fwrite((void *)at[6], 1, (size_t)head[11], stdout) != (size_t)head[11];
 }

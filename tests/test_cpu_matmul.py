@@ -14,7 +14,7 @@ from edgellama import quant
 from edgellama.backends.cpu import matmul
 from edgellama.backends.cpu.jit import kernel
 from edgellama.backends.cpu.plan import MATRIX, PACK
-from edgellama.backends.cpu.tiles import KERNELS, SIZES, STEP
+from edgellama.backends.cpu.tiles import BY_TOKEN, KERNELS, SIZES, STEP
 from edgellama.backends.cpu.vector_ops import pack_row, pack_row_f32
 from edgellama.kv_cache import aligned_zeros
 
@@ -62,7 +62,7 @@ class Product:
         m["kernel_one"], m["kernel_few"], m["kernel_many"] = (k.address for k in KERNELS[self.bits, self.parts])
         return m
 
-    def pack(self, tile: int) -> dict[str, np.ndarray]:
+    def pack(self, tile: int, by_token: bool = False) -> dict[str, np.ndarray]:
         """The activations packed in tiles of `tile` tokens: the arrays of a PACK by name."""
         rows, groups = -(-self.tokens // tile) * tile, self.k // 128
         arrays = {
@@ -71,13 +71,13 @@ class Product:
             "sums": np.zeros(rows * groups * self.parts, np.int32),
             "values": np.zeros(rows * self.k, np.float32),
         }
-        pack, scratch = self._record(arrays, tile), np.zeros(256, np.uint8)
+        pack, scratch = self._record(arrays, tile, by_token), np.zeros(256, np.uint8)
         run_pack(self.x.ctypes.data, groups, pack, self.tokens, scratch.ctypes.data)
         return arrays
 
-    def _record(self, arrays: dict[str, np.ndarray], tile: int) -> np.ndarray:
+    def _record(self, arrays: dict[str, np.ndarray], tile: int, by_token: bool) -> np.ndarray:
         pack = np.zeros(1, PACK)
-        pack["tile"], pack["parts"] = tile, self.parts
+        pack["tile"], pack["parts"], pack["by_token"] = tile, self.parts, by_token
         for name, array in arrays.items():
             pack[name] = array.ctypes.data if name != "values" or self.bits == 16 else 0
         return pack
@@ -85,8 +85,8 @@ class Product:
     def run(self, size: int, bias: bool = False, add: np.ndarray | None = None) -> np.ndarray:
         """float32 [tokens, out_features] by the kernels for tiles of that size (0 one token, 1 a few, 2 many)."""
         tile = SIZES[self.parts][size]
-        arrays = self.pack(tile)
-        pack = self._record(arrays, tile)
+        arrays = self.pack(tile, BY_TOKEN[size])
+        pack = self._record(arrays, tile, BY_TOKEN[size])
         pack["size"] = size
         out = np.zeros((-(-self.tokens // tile) * tile, self.n), np.float32)
         if add is not None:

@@ -68,7 +68,7 @@ def check_batch(
 
 
 def _checked(name: str, value: ArrayLike, limit: int, size: int | None) -> np.ndarray:
-    """One array of `check_batch`: int32, whole numbers below `limit`, `size` of them. A decode step calls it for each."""
+    """One array of `check_batch`: int32, whole numbers below `limit`, `size` of them."""
     array = np.atleast_1d(np.asarray(value))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):  # an empty list has no kind
         raise ValueError(f"{name} must be a list of whole numbers, got {array.dtype} {array.shape}")

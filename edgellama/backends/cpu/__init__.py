@@ -27,7 +27,7 @@ FINE_GATE_BELOW = 576
 
 
 def activation_parts(hidden_size: int, activation_bits: int | None = None) -> dict[str, int]:
-    """Parts (1: 8 bits, 2: 15 bits) of the activations that go into each matrix; `activation_bits` is for all of them."""
+    """Parts (1: 8 bits, 2: 15 bits) of the activations that go into each matrix; `activation_bits` for all of them."""
     if activation_bits is not None:
         return dict.fromkeys(("q", "o", "gate", "down", "head"), {8: 1, 15: 2}[activation_bits])
     fine = 2 if hidden_size < FINE_BELOW else 1

@@ -1,8 +1,8 @@
 """Where compiled kernels are kept on disk, and how far they are believed.
 
-Under the user's cache folder (`EDGELLAMA_HOME` moves it), in a folder named after a hash of the kernels' sources
-and of the versions of Python, Numba and LLVM: Numba's own index notices a change in the file of a kernel, but not
-in a helper that was compiled into it. A damaged entry is compiled and written anew; a folder that belongs to
+Under the user's cache folder (`EDGELLAMA_HOME` moves it), in a folder named after a hash of the kernels' sources, of
+the versions of Python, Numba and LLVM, and of the target: Numba's own index notices a change in the file of a kernel,
+but not in a helper that was compiled into it. A damaged entry is compiled and written anew; a folder that belongs to
 someone else, or that others may write to, is not used, because cached code is code. Numba's bookkeeping is
 reused (`numba.core.caching`); only what it lets through is changed here.
 """
@@ -26,6 +26,8 @@ import xxhash
 from numba.core import config
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 
+from .target import TARGET
+
 _DIGEST_BYTES = 16
 
 
@@ -34,7 +36,7 @@ def cache_folder() -> Path:
     """Where compiled kernels of exactly these sources and versions go."""
     home = os.environ.get("EDGELLAMA_HOME")
     base = Path(home) / "cache" if home else platformdirs.user_cache_path("edgellama", appauthor=False)
-    state = hashlib.sha256(f"{sys.version}|{numba.__version__}|{version('llvmlite')}".encode())
+    state = hashlib.sha256(f"{sys.version}|{numba.__version__}|{version('llvmlite')}|{TARGET}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         state.update(source.read_bytes())
     return base / "kernels" / state.hexdigest()[:16]

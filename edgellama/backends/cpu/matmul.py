@@ -27,39 +27,40 @@ L2_CHUNK = 256 * 1024
 
 
 @vector_intrinsic(types.void, *[ADDRESS] * (ARGUMENTS + 1))
-def call_tile(b, address, weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+def call_tile(b, address, weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
     """Call a kernel of `tiles` by its address."""
-    emit_native_call(b, address, weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+    args = weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles
+    emit_native_call(b, address, *args)
 
 
 @kernel
-def multiply_tile(matrix, first, blocks, pack, index, out, out_stride, add):
-    """Row blocks first..first+blocks of `matrix` times token tile `index` of `pack`.
+def multiply_blocks(matrix, first, blocks, pack, n_tokens, out, out_stride, add):
+    """Row blocks first..first+blocks of `matrix` times all tiles of `pack`.
 
-    `out` is the address of row 0 of the tile's first token; whole blocks and whole tiles are stored.
+    `out` is the address of row 0 of the first token; whole blocks and whole tiles are stored.
     """
     groups = matrix.groups
     bias = matrix.bias + first * 64 if matrix.bias != 0 else 0
     weights = matrix.weights + first * groups * 256 * matrix.bits
     scales = matrix.scales + first * groups * 32
-    at = index * groups * pack.tile
-    codes = pack.values + at * 512 if matrix.bits == 16 else pack.codes + at * 128 * pack.parts
-    x_scales, x_sums = pack.scales + at * 4, pack.sums + at * 4 * pack.parts
+    x = pack.values if matrix.bits == 16 else pack.codes
+    tiles = (n_tokens + pack.tile - 1) // pack.tile
     function = matrix.kernel_one if pack.size == ONE else matrix.kernel_few if pack.size == FEW else matrix.kernel_many
     out += first * 64
-    call_tile(function, weights, scales, bias, codes, x_scales, x_sums, matrix.inputs, out, out_stride, add, blocks)
+    call_tile(
+        function, weights, scales, bias, x, pack.scales, pack.sums, matrix.inputs, out, out_stride, add, blocks, tiles
+    )
 
 
 @kernel
-def multiply_tiles(matrix, first, end, pack, n_tokens, out, out_stride, add):
-    """Row blocks first..end-1 of `matrix` times all tiles of `pack`: a piece that stays in cache, times all, in turn."""
+def multiply_piece(matrix, first, end, pack, n_tokens, out, out_stride, add):
+    """`multiply_blocks` for row blocks first..end-1, by what stays in cache while all tokens stream over it."""
     chunk = end - first
     if pack.size != ONE:
         chunk = max(1, L2_CHUNK // (matrix.groups * 256 * matrix.bits))
     while first < end:
         blocks = min(chunk, end - first)
-        for index in range((n_tokens + pack.tile - 1) // pack.tile):
-            multiply_tile(matrix, first, blocks, pack, index, out + index * pack.tile * out_stride, out_stride, add)
+        multiply_blocks(matrix, first, blocks, pack, n_tokens, out, out_stride, add)
         first += blocks
 
 
@@ -90,7 +91,7 @@ def multiply(counter, n_threads, matrix, pack, n_tokens, out, out_stride, add):
         first, end = claim(counter, n_threads, matrix.blocks)
         if first >= end:
             return
-        multiply_tiles(matrix, first, end, pack, n_tokens, out, out_stride, add)
+        multiply_piece(matrix, first, end, pack, n_tokens, out, out_stride, add)
 
 
 @kernel
@@ -103,6 +104,6 @@ def multiply_three(counter, n_threads, q, k, v, pack, n_tokens, q_out, k_out, v_
             return
         # The parts of the piece that lie in each matrix.
         before_v = q.blocks + k.blocks
-        multiply_tiles(q, first, min(end, q.blocks), pack, n_tokens, q_out, out_stride, 0)
-        multiply_tiles(k, max(first - q.blocks, 0), min(end - q.blocks, k.blocks), pack, n_tokens, k_out, out_stride, 0)
-        multiply_tiles(v, max(first - before_v, 0), end - before_v, pack, n_tokens, v_out, out_stride, 0)
+        multiply_piece(q, first, min(end, q.blocks), pack, n_tokens, q_out, out_stride, 0)
+        multiply_piece(k, max(first - q.blocks, 0), min(end - q.blocks, k.blocks), pack, n_tokens, k_out, out_stride, 0)
+        multiply_piece(v, max(first - before_v, 0), end - before_v, pack, n_tokens, v_out, out_stride, 0)

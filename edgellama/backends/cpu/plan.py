@@ -15,7 +15,7 @@ from ...quant import padded_shape, round_up
 from . import attention, vector_ops
 from .matmul import FEW, MANY, ONE
 from .sync import LINE
-from .tiles import KERNELS, SIZES, STEP
+from .tiles import BY_TOKEN, KERNELS, SIZES, STEP
 
 
 def _record(**fields):
@@ -35,7 +35,7 @@ LAYER = _record(
 )
 # Activations made ready for a matrix: see `matmul`. Packs [parts - 1][i], i < n_threads: thread i's own, for one token;
 # the last two are everybody's, in tiles for a few tokens and for many.
-PACK = _record(**_int64s("size tile parts codes scales sums values"))
+PACK = _record(**_int64s("size tile parts by_token codes scales sums values"))
 PLAN = _record(
     **_int64s("hidden_size intermediate_size n_layers n_heads n_kv_heads head_dim activation n_threads"),
     **_int64s("kv_bytes value_stride key_head_bytes value_head_bytes key_slot_bytes value_slot_bytes"),
@@ -56,7 +56,10 @@ WORK_PER_CALL = 3
 WORK_PER_LAYER = 10
 
 UP_CELLS = 128
-"""Row blocks x tokens of gate and up that a thread computes before it multiplies them: they stay in cache."""
+"""Row blocks x tokens of gate and up that a thread computes before it multiplies them, if they are few: they stay in
+cache."""
+UP_BLOCKS = 4
+"""The row blocks of gate and up where the tokens are many."""
 
 _ACTIVATIONS = {
     "silu": vector_ops.SILU,
@@ -169,7 +172,7 @@ class Plan:
         # Each thread's scratch: codes to quantize into, a normalized row, a tile of `up`, and attention's.
         p["normed"] = 256
         p["up"] = int(p["normed"]) + 4 * hidden
-        p["attention_scratch"] = int(p["up"]) + 64 * UP_CELLS
+        p["attention_scratch"] = int(p["up"]) + 64 * max(UP_CELLS, UP_BLOCKS * tokens)
         p["scratch_stride"] = round_up(
             int(p["attention_scratch"]) + 64 + attention.scratch_bytes(self._cache.value_stride), LINE
         )
@@ -186,7 +189,7 @@ class Plan:
                 sums = self.zeros(4 * n * groups * most_parts)
                 values = self.zeros(4 * n * hidden) if head_is_f16 else 0
             for parts in (1, 2):
-                self.packs[parts - 1, i] = size, SIZES[parts][size], parts, codes, scales, sums, values
+                self.packs[parts - 1, i] = size, SIZES[parts][size], parts, BY_TOKEN[size], codes, scales, sums, values
 
         p["control"] = self.zeros((COUNTERS + WORK_PER_CALL + 2 * WORK_PER_LAYER) * LINE)
         self.control = self._owned[-1].view(np.int64)

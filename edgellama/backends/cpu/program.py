@@ -12,8 +12,8 @@ from numba import float32, int64
 
 from .attention import QUERIES, attend
 from .jit import entry_point, kernel
-from .matmul import claim, multiply, multiply_three, multiply_tile
-from .plan import BARRIER, CANCEL, COUNTERS, DECISION, UP_CELLS, WORK_PER_CALL, WORK_PER_LAYER
+from .matmul import claim, multiply, multiply_blocks, multiply_three
+from .plan import BARRIER, CANCEL, COUNTERS, DECISION, UP_BLOCKS, UP_CELLS, WORK_PER_CALL, WORK_PER_LAYER
 from .simd import load_i32, load_i64, store_i64
 from .sync import LINE, atomic_load, atomic_store, barrier, fetch_add
 from .vector_ops import (
@@ -246,7 +246,8 @@ def attend_tokens(p, layer, head, first, end, scratch):
 @kernel
 def gate_and_up(p, counter, layer, pack, scratch):
     """mlp = act(gate_proj) * up_proj, a few row blocks of both at a time."""
-    room = UP_CELLS // pack.tile
+    padded = (p.n_tokens + pack.tile - 1) // pack.tile * pack.tile
+    room = max(UP_CELLS // padded, UP_BLOCKS)
     up, up_stride = scratch + p.up, room * 64
     while True:
         first, end = claim(counter, p.n_threads, layer.gate.blocks)
@@ -254,13 +255,11 @@ def gate_and_up(p, counter, layer, pack, scratch):
             return
         while first < end:
             blocks = min(room, end - first)
-            for index in range((p.n_tokens + pack.tile - 1) // pack.tile):
-                out = p.mlp + index * pack.tile * p.mlp_stride
-                multiply_tile(layer.gate, first, blocks, pack, index, out, p.mlp_stride, 0)
-                # `up` holds only these row blocks: row 0 of the matrix would lie before it.
-                multiply_tile(layer.up, first, blocks, pack, index, up - first * 64, up_stride, 0)
-                for t in range(pack.tile):
-                    gate(out + t * p.mlp_stride + first * 64, up + t * up_stride, blocks * 16, p.activation)
+            multiply_blocks(layer.gate, first, blocks, pack, p.n_tokens, p.mlp, p.mlp_stride, 0)
+            # `up` holds only these row blocks: row 0 of the matrix would lie before it.
+            multiply_blocks(layer.up, first, blocks, pack, p.n_tokens, up - first * 64, up_stride, 0)
+            for t in range(p.n_tokens):
+                gate(p.mlp + t * p.mlp_stride + first * 64, up + t * up_stride, blocks * 16, p.activation)
             first += blocks
 
 

@@ -6,7 +6,9 @@ Numba, never the hardware, so a test can run every x86 path on one machine. It k
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import sys
 from typing import NamedTuple
 
 # A CPU name given by hand comes without a feature list, so names that matter are listed here; LLVM knows
@@ -15,6 +17,7 @@ _VNNI_512 = (
     "cascadelake cooperlake cannonlake icelake-client icelake-server tigerlake rocketlake sapphirerapids "
     "emeraldrapids graniterapids diamondrapids znver4 znver5"
 ).split()
+_AMX = "sapphirerapids emeraldrapids graniterapids diamondrapids".split()
 _VNNI_256 = "alderlake raptorlake meteorlake gracemont arrowlake arrowlake-s lunarlake pantherlake sierraforest".split()
 _AVX2 = (
     "haswell broadwell skylake skylake-avx512 skx x86-64-v3 x86-64-v4 core-avx2 znver1 znver2 znver3 bdver4"
@@ -28,6 +31,7 @@ class Target(NamedTuple):
     float16: bool  # instructions convert to and from float16; without them LLVM would call a missing library
     few_columns: int
     many_columns: int
+    amx: bool = False  # matrix instructions for int8 (see `amx`)
 
 
 def choose(arch: str, cpu_name: str, features: str) -> Target:
@@ -44,7 +48,7 @@ def choose(arch: str, cpu_name: str, features: str) -> Target:
 
     if arch in ("x86_64", "amd64"):
         if can("avx512vnni", _VNNI_512) and can("avx512bw", _VNNI_512):
-            return Target("avx512vnni", True, 8, 16)
+            return Target("avx512vnni", True, 8, 16, can("amx-int8", _AMX) and can("amx-tile", _AMX))
         if can("avxvnni", _VNNI_256) and can("f16c", _VNNI_256):
             return Target("avxvnni", True, 4, 4)
         if can("avx2", _VNNI_512 + _VNNI_256 + _AVX2) and can("f16c", _VNNI_512 + _VNNI_256 + _AVX2):
@@ -59,7 +63,19 @@ def numba_target() -> Target:
     from numba.core.registry import cpu_target
 
     _triple, cpu_name, features = cpu_target.target_context.codegen().magic_tuple()
-    return choose(platform.machine().lower(), cpu_name, features)
+    target = choose(platform.machine().lower(), cpu_name, features)
+    return target._replace(amx=target.amx and _amx_is_granted())
+
+
+def _amx_is_granted() -> bool:
+    """Ask Linux for the tile registers; it gives them to a process that asks (arch_prctl(2), ARCH_REQ_XCOMP_PERM)."""
+    if sys.platform != "linux":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    try:
+        return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 TARGET = numba_target()

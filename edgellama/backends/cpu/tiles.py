@@ -14,6 +14,7 @@ from __future__ import annotations
 from numba import types
 from numba.core import cgutils
 
+from . import amx
 from .jit import Native
 from .simd import (
     ADDRESS,
@@ -40,13 +41,19 @@ from .simd import (
 )
 from .target import TARGET
 
-SIZES = {parts: (1, TARGET.few_columns // parts, TARGET.many_columns // parts) for parts in (1, 2)}
+SIZES = {
+    parts: (1, TARGET.few_columns // parts, amx.TOKENS if TARGET.amx else TARGET.many_columns // parts)
+    for parts in (1, 2)
+}
 """Tokens of a kernel's tile, by the parts of an activation: one token, a few (decode of several sequences), many."""
-ARGUMENTS = 11
-"""All kernels: (weights, scales, bias or 0, codes or values, x_scales, x_sums, inputs, out, out_stride, add, blocks).
+BY_TOKEN = (False, False, TARGET.amx)
+"""For each size: whether codes lie token by token (see `amx`), instead of word by word."""
+ARGUMENTS = 12
+"""All: (weights, scales, bias or 0, codes or values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles).
 
 Addresses, but for inputs (in_features up to a multiple of STEP), out_stride (bytes between tokens), add (1: add to what
-is in `out`), blocks (row blocks). What pads the last group of 128 inputs is multiplied up to `inputs` only: it is zero."""
+is in `out`), blocks (row blocks), tiles (of tokens). What pads the last group of 128 inputs is zero, and multiplied up
+to `inputs` only."""
 STEP = 32
 """Inputs that an inner loop takes at a time."""
 
@@ -61,14 +68,15 @@ def _cells(b, kind, tokens: int, blocks: int):
     return cells
 
 
-def _emit_over_blocks(b, blocks, step: int, emit_one_step):
-    """emit_one_step(first block, number of blocks) for all row blocks: `step` at a time, then one at a time."""
+def _emit_over(b, tiles, blocks, step: int, emit_one_step):
+    """emit_one_step(token tile, first block, number of blocks) for all: `step` row blocks at a time, then one."""
     whole = b.mul(b.udiv(blocks, I64(step)), I64(step))
-    with cgutils.for_range_slice(b, I64(0), whole, I64(step), inc=True) as (first, _):
-        emit_one_step(first, step)
-    if step > 1:
-        with cgutils.for_range_slice(b, whole, blocks, I64(1), inc=True) as (first, _):
-            emit_one_step(first, 1)
+    with cgutils.for_range(b, tiles) as loop:
+        with cgutils.for_range_slice(b, I64(0), whole, I64(step), inc=True) as (first, _):
+            emit_one_step(loop.index, first, step)
+        if step > 1:
+            with cgutils.for_range_slice(b, whole, blocks, I64(1), inc=True) as (first, _):
+                emit_one_step(loop.index, first, 1)
 
 
 def _emit_epilogue(b, acc, bias, out, out_stride, add, first) -> None:
@@ -97,16 +105,19 @@ def _int8(parts: int, tokens: int):
 
 def _integers(bits: int, parts: int, tokens: int, step: int):
     """What emits a kernel for weights of `bits` bits, `step` row blocks at a time."""
+    if TARGET.amx and tokens == SIZES[parts][-1]:
+        return amx.integers(bits, parts)
     zero = -8 if bits == 4 else INT8_ZERO_IN_DOT
     lines = STEP * bits // 32  # of 64 bytes, in a step
     group_bytes = 256 * bits
     dot = emit_dot4 if bits == 4 else emit_dot4_int8
     columns = parts * tokens  # all high parts, then all low parts
 
-    def tile(b, weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    def tile(b, weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
         groups = _groups(b, inputs)
 
-        def one_step(first, count: int):
+        def one_step(index, first, count: int):
+            x_group = b.mul(index, groups)
             total, sums = _cells(b, V_F32, tokens, count), _cells(b, V_I32, columns, count)
             first_group = b.mul(first, groups)
             block_weights = [
@@ -115,13 +126,14 @@ def _integers(bits: int, parts: int, tokens: int, step: int):
             block_scales = [emit_offset(b, scales, (first_group, 32), (groups, 32 * r)) for r in range(count)]
             with cgutils.for_range(b, groups) as group_loop:
                 g = group_loop.index
-                group_sums = emit_offset(b, x_sums, (g, 4 * columns))
+                x_at = b.add(x_group, g)
+                group_sums = emit_offset(b, x_sums, (x_at, 4 * columns))
                 for c in range(columns):
                     start = b.mul(emit_load(b, emit_offset(b, group_sums, 4 * c), I32, 4), I32(zero))
                     for r in range(count):
                         b.store(emit_splat(b, start), sums[r][c])
                 group_weights = [emit_offset(b, w, (g, group_bytes)) for w in block_weights]
-                group_codes = emit_offset(b, codes, (g, 128 * columns))
+                group_codes = emit_offset(b, codes, (x_at, 128 * columns))
                 left = b.sub(inputs, b.mul(g, I64(128)))
                 inputs_here = b.select(b.icmp_signed("<", left, I64(128)), left, I64(128))
                 with cgutils.for_range(b, b.udiv(inputs_here, I64(STEP))) as loop:
@@ -138,16 +150,17 @@ def _integers(bits: int, parts: int, tokens: int, step: int):
                 for r in range(count):
                     scale = emit_load_f16(b, emit_offset(b, block_scales[r], (g, 32)))
                     for t in range(tokens):
-                        x_scale = emit_broadcast_f32(b, emit_offset(b, x_scales, (g, 4 * tokens), 4 * t))
+                        x_scale = emit_broadcast_f32(b, emit_offset(b, x_scales, (x_at, 4 * tokens), 4 * t))
                         exact = b.load(sums[r][t])
                         if parts == 2:
                             high = b.shl(exact, ir.Constant(V_I32, [LOW_BITS] * 16))
                             exact = b.add(high, b.load(sums[r][tokens + t]))
                         value = emit_fma(b, b.sitofp(exact, V_F32), b.fmul(scale, x_scale), b.load(total[r][t]))
                         b.store(value, total[r][t])
-            _emit_epilogue(b, total, bias, out, out_stride, add, first)
+            to = emit_offset(b, out, b.mul(b.mul(index, I64(tokens)), out_stride))
+            _emit_epilogue(b, total, bias, to, out_stride, add, first)
 
-        _emit_over_blocks(b, blocks, step, one_step)
+        _emit_over(b, tiles, blocks, step, one_step)
 
     return tile
 
@@ -155,35 +168,36 @@ def _integers(bits: int, parts: int, tokens: int, step: int):
 def _f16(parts: int, tokens: int):
     """What emits a kernel for 16-bit weights (`f16.r16`) and float32 values.
 
-    Four partial sums (K is a multiple of STEP), added in a fixed order, hide the latency of fma. A few tokens at a time:
-    the sums must fit into the registers.
+    Four partial sums (K is a multiple of STEP), added in a fixed order, hide the latency of fma. A few tokens at a
+    time: the sums must fit into the registers.
     """
     partial = 4
 
-    def tile(b, weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks):
+    def tile(b, weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
         groups = _groups(b, inputs)
 
-        def some_tokens(first, start: int, count: int):
+        def some_tokens(index, first, start: int, count: int):
             acc = _cells(b, V_F32, partial, count)
             row_weights = emit_offset(b, weights, (b.mul(first, groups), 128 * 32))
+            tile_values = emit_offset(b, values, (b.mul(index, groups), 128 * 4 * tokens))
             with cgutils.for_range(b, b.udiv(inputs, I64(partial))) as loop:
                 for p in range(partial):
                     line = emit_load_f16(b, emit_offset(b, row_weights, (loop.index, 32 * partial), 32 * p))
-                    x = emit_offset(b, values, (loop.index, 4 * tokens * partial), 4 * (tokens * p + start))
+                    x = emit_offset(b, tile_values, (loop.index, 4 * tokens * partial), 4 * (tokens * p + start))
                     for t in range(count):
                         value = emit_broadcast_f32(b, emit_offset(b, x, 4 * t))
                         b.store(emit_fma(b, line, value, b.load(acc[t][p])), acc[t][p])
             for cells in acc:
                 s = [b.load(c) for c in cells]
                 b.store(b.fadd(b.fadd(s[0], s[1]), b.fadd(s[2], s[3])), cells[0])
-            to = emit_offset(b, out, (out_stride, start))
+            to = emit_offset(b, out, b.mul(b.add(b.mul(index, I64(tokens)), I64(start)), out_stride))
             _emit_epilogue(b, [[cells[0] for cells in acc]], bias, to, out_stride, add, first)
 
-        def one_step(first, _count: int):
+        def one_step(index, first, _count: int):
             for start in range(0, tokens, 4):
-                some_tokens(first, start, min(4, tokens - start))
+                some_tokens(index, first, start, min(4, tokens - start))
 
-        _emit_over_blocks(b, blocks, 1, one_step)
+        _emit_over(b, tiles, blocks, 1, one_step)
 
     return tile
 
@@ -198,7 +212,7 @@ EMITTERS = {
     for size, tokens in zip(("one", "few", "many"), SIZES[parts], strict=True)
     for weights, emitter in (("int4", _int4), ("int8", _int8), ("f16", _f16))
 }
-"""What writes each kernel's IR: (builder, the eleven arguments)."""
+"""What writes each kernel's IR: (builder, the twelve arguments)."""
 
 
 def _intrinsic(name: str):
@@ -228,88 +242,88 @@ _f16_fine_many = _intrinsic("f16_fine_many")
 
 
 @Native
-def int4_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _int4_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def int4_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _int4_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def int4_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _int4_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def int4_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _int4_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def int4_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _int4_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def int4_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _int4_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def int4_fine_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _int4_fine_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def int4_fine_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _int4_fine_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def int4_fine_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _int4_fine_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def int4_fine_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _int4_fine_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def int4_fine_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _int4_fine_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def int4_fine_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _int4_fine_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def int8_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _int8_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def int8_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _int8_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def int8_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _int8_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def int8_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _int8_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def int8_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _int8_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def int8_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _int8_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def int8_fine_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _int8_fine_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def int8_fine_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _int8_fine_one(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def int8_fine_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _int8_fine_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def int8_fine_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _int8_fine_few(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def int8_fine_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _int8_fine_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def int8_fine_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _int8_fine_many(weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def f16_one(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _f16_one(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def f16_one(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _f16_one(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def f16_few(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _f16_few(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def f16_few(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _f16_few(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def f16_many(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _f16_many(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def f16_many(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _f16_many(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def f16_fine_few(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _f16_fine_few(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def f16_fine_few(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _f16_fine_few(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 @Native
-def f16_fine_many(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks):
-    _f16_fine_many(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks)
+def f16_fine_many(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+    _f16_fine_many(weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
 
 
 KERNELS = {

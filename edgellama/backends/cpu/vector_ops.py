@@ -79,11 +79,13 @@ def embed(table, token, n, x):
 @kernel
 def rms_norm(x, weight, n, padded, eps, out):
     """out = weight * x / sqrt(mean(x**2) + eps); `weight` is zero beyond n, so `out` is too."""
-    squares = splat(float32(0.0))
-    for i in range(0, padded, 16):
-        v = vload(x + 4 * i)
-        squares = vfma(v, v, squares)
-    factor = splat(float32(1.0) / math.sqrt(hsum(squares) / float32(n) + float32(eps)))
+    # Four sums, added in a fixed order, hide the latency of fma; `padded` is a multiple of 128.
+    a, b, c, d = splat(float32(0.0)), splat(float32(0.0)), splat(float32(0.0)), splat(float32(0.0))
+    for i in range(x, x + 4 * padded, 256):
+        a, b = vfma(vload(i), vload(i), a), vfma(vload(i + 64), vload(i + 64), b)
+        c, d = vfma(vload(i + 128), vload(i + 128), c), vfma(vload(i + 192), vload(i + 192), d)
+    squares = hsum(vadd(vadd(a, b), vadd(c, d)))
+    factor = splat(float32(1.0) / math.sqrt(squares / float32(n) + float32(eps)))
     for i in range(0, padded, 16):
         vstore(out + 4 * i, vmul(vload(weight + 4 * i), vmul(vload(x + 4 * i), factor)))
 
@@ -95,15 +97,23 @@ def pack_row(x, groups, pack, index, t, scratch):
     `top` is 127, or 127 * 128 for codes of two parts. `scratch`: 256 bytes. The layout: see `matmul`.
     """
     tile, parts = pack.tile, pack.parts
+    scales, sums, codes = pack.scales, pack.sums, pack.codes
     top = float32(127.0) if parts == 1 else float32(127.0 * (1 << LOW_BITS))
+    # A token's words of one part lie one after the other, or those of the tile's tokens and parts between them.
+    together = pack.by_token != 0 or parts * tile == 1
+    apart = parts * tile * 4
     for g in range(groups):
         at = (index * groups + g) * tile
+        high_to, low_to = scratch, scratch + 128
+        if together:
+            high_to = codes + (at * parts + t) * 128
+            low_to = high_to + tile * 128
         largest = splat(float32(0.0))
         for i in range(0, 128, 16):
             largest = vmax(vabs(vload(x + 4 * (g * 128 + i))), largest)
         absmax = hmax(largest)
         inverse = splat(top / absmax if absmax > float32(1e-30) else float32(0.0))
-        store_f32(pack.scales + 4 * (at + t), absmax / top)
+        store_f32(scales + 4 * (at + t), absmax / top)
         high_sum, low_sum = zero_i32(), zero_i32()
         for i in range(0, 128, 16):
             high = round_i32(vmul(vload(x + 4 * (g * 128 + i)), inverse))
@@ -112,15 +122,18 @@ def pack_row(x, groups, pack, index, t, scratch):
                 high = vhigh_part(low)
                 low = vlow_part(low, high)
                 low_sum = vadd_i32(low_sum, low)
-                vstore_i8(scratch + 128 + i, low)
+                vstore_i8(low_to + i, low)
             high_sum = vadd_i32(high_sum, high)
-            vstore_i8(scratch + i, high)
+            vstore_i8(high_to + i, high)
+        if pack.by_token != 0:
+            continue  # these kernels need no sums
         for part in range(parts):
             column = part * tile + t
-            store_i32(pack.sums + 4 * (at * parts + column), hsum_i32(high_sum if part == 0 else low_sum))
-            codes = pack.codes + at * parts * 128 + 4 * column
-            for word in range(32):
-                store_i32(codes + word * parts * tile * 4, load_i32(scratch + part * 128 + 4 * word))
+            store_i32(sums + 4 * (at * parts + column), hsum_i32(high_sum if part == 0 else low_sum))
+            if not together:
+                to = codes + at * parts * 128 + 4 * column
+                for word in range(32):
+                    store_i32(to + word * apart, load_i32(scratch + part * 128 + 4 * word))
 
 
 @kernel
