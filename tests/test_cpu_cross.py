@@ -25,7 +25,7 @@ TARGETS = {
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """kind -> (folder with tiles.o and tiles.s, [dot4, float16, few_columns, many_columns]), compiled once."""
+    """kind -> (folder with tiles.o and tiles.s, Target's fields), compiled once."""
     llvm.initialize_all_targets()
     done = {}
 
@@ -79,7 +79,7 @@ def emulated(compiled):
         program = folder / "driver"
         sources = [HERE / "cross_driver.c", folder / "tiles.o"]
         subprocess.run([compiler, "-static", "-I", folder, *sources, "-o", program, "-lm"], check=True)
-        return [emulator, "-cpu", "max", program], [int(columns) for columns in target[2:]]
+        return [emulator, "-cpu", "max", program], [int(columns) for columns in target[2:4]]
 
     return get
 

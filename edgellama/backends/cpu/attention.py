@@ -15,9 +15,13 @@ from ...quant import round_up
 from .attention_loops import (
     QUERIES,
     SPLIT,
+    mix_few_f16,
+    mix_few_i8,
     mix_many,
     mix_one_f16,
     mix_one_i8,
+    scores_few_f16,
+    scores_few_i8,
     scores_many,
     scores_one_f16,
     scores_one_i8,
@@ -38,7 +42,7 @@ FEW_TOKENS = 8
 
 def piece_tokens(shared: int) -> int:
     """Tokens of a piece of work, if `shared` queries of a token share a KV head."""
-    return max(1, min(32, MOST_QUERIES // shared))
+    return max(1, MOST_QUERIES // shared)
 
 
 def scratch_parts(shared: int, head_dim: int, value_stride: int) -> dict[str, int]:
@@ -81,11 +85,30 @@ def pass_one(q, n, lengths, start, keys, values, key_scales, value_scales, kv_by
         scores_one_i8(q, keys, head_dim, lines, scratch)
     else:
         scores_one_f16(q, keys, head_dim, lines, scratch)
-    weigh(scratch, end, 16 * lines, key_scales if kv_bytes == 1 else 0, value_scales, states, value_stride)
+    weigh(1, scratch, lengths, start, lines, key_scales if kv_bytes == 1 else 0, value_scales, states, value_stride)
     if kv_bytes == 1:
         mix_one_i8(scratch, values, value_stride, end, output, 0)
     else:
         mix_one_f16(scratch, values, value_stride, end, output, 0)
+
+
+@Native
+def pass_few(q, n, lengths, start, keys, values, key_scales, value_scales, kv_bytes, head_dim, value_stride, states,
+             scratch):  # fmt: skip
+    """`pass_many` for up to QUERIES queries, which takes the cache as it streams from memory."""
+    end = _end_of(lengths, n, start)
+    lines = (end + 15) // 16
+    stride = state_bytes_of(value_stride)
+    if kv_bytes == 1:
+        scores_few_i8(q, keys, head_dim, lines, scratch)
+    else:
+        scores_few_f16(q, keys, head_dim, lines, scratch)
+    scales = key_scales if kv_bytes == 1 else 0
+    weigh(QUERIES, scratch, lengths, start, lines, scales, value_scales, states, value_stride)
+    if kv_bytes == 1:
+        mix_few_i8(scratch, values, value_stride, end, states + OUTPUT, stride)
+    else:
+        mix_few_f16(scratch, values, value_stride, end, states + OUTPUT, stride)
 
 
 @Native
@@ -112,12 +135,11 @@ def pass_many(q, n, lengths, start, keys, values, key_scales, value_scales, kv_b
             end = min(_end_of(lengths + 8 * i, QUERIES, start) - first, BLOCK)
             if end > 0:
                 scores_many(q + 4 * i * head_dim, block, head_dim, (end + 15) // 16, scratch + 4 * (i * SPLIT + first))
-    for i in range(groups * QUERIES):
-        valid = load_i64(lengths + 8 * i) - start
-        end = (_end_of(lengths + 8 * (i // QUERIES * QUERIES), QUERIES, start) + 15) // 16 * 16
-        scores = scratch + 4 * i * SPLIT
-        weigh(scores, min(valid, SPLIT), end, key_scales if kv_bytes == 1 else 0, value_scales, states + i * stride,
-              value_stride)  # fmt: skip
+    scales = key_scales if kv_bytes == 1 else 0
+    for i in range(0, n, QUERIES):
+        lines = (_end_of(lengths + 8 * i, QUERIES, start) + 15) // 16
+        weigh(QUERIES, scratch + 4 * i * SPLIT, lengths + 8 * i, start, lines, scales, value_scales,
+              states + i * stride, value_stride)  # fmt: skip
     for first in range(0, longest, BLOCK):
         numbers = min(longest - first, BLOCK) * value_stride
         at = values + first * value_stride * kv_bytes
@@ -132,7 +154,7 @@ def pass_many(q, n, lengths, start, keys, values, key_scales, value_scales, kv_b
                 mix_many(weights, block, value_stride, end, states + i * stride + OUTPUT, stride)
 
 
-KERNELS = {"pass_one": pass_one, "pass_many": pass_many, "store": store}
+KERNELS = {"pass_one": pass_one, "pass_few": pass_few, "pass_many": pass_many, "store": store}
 """What is called by address, by field of the plan."""
 
 
@@ -236,7 +258,7 @@ def _prepare_queries(p, head, first, tokens, scratch):
 def _attend_split(p, layer, slot, head, start, n, states, scratch):
     """The states of the `n` queries in scratch after the split that begins at position `start`."""
     keys, values, key_scales, value_scales = _head_cache(p, layer, slot, head)
-    native = p.pass_one if n == 1 else p.pass_many
+    native = p.pass_one if n == 1 else p.pass_few if n <= QUERIES else p.pass_many
     call_pass(native, scratch + p.queries, n, scratch + p.lengths, start, keys + start * p.head_dim * p.kv_bytes,
               values + start * p.value_stride * p.kv_bytes, key_scales + 4 * start, value_scales + 4 * start,
               p.kv_bytes, p.head_dim, p.value_stride, states, scratch + p.pass_scratch)  # fmt: skip
@@ -277,7 +299,7 @@ def _attend_many(p, counter, layer, scratch):
         if work >= pieces * p.n_kv_heads:
             return
         # The last tokens see the most positions: they come first, so that no thread ends alone with them.
-        piece, head = pieces - 1 - work // p.n_kv_heads, work % p.n_kv_heads
+        head, piece = work // pieces, pieces - 1 - work % pieces
         t = piece * p.piece_tokens
         end = min(t + p.piece_tokens, p.n_tokens)
         while t < end:

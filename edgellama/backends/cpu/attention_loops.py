@@ -107,7 +107,8 @@ def _mix(nbytes: int, queries: int, widths: tuple[int, ...]):
         def some(first, width: int):
             acc = _cells(b, queries, width)
             places = [
-                [emit_offset(b, out, (out_stride, i), (first, 64), 64 * j) for j in range(width)] for i in range(queries)
+                [emit_offset(b, out, (out_stride, i), (first, 64), 64 * j) for j in range(width)]
+                for i in range(queries)
             ]
             for i in range(queries):
                 for j in range(width):
@@ -146,4 +147,6 @@ _MANY = tuple(width for width in (4, 2, 1) if width <= TARGET.attention_lines)
 scores_one_f16, scores_one_i8 = (_scores(nbytes, 1, (4, 1)) for nbytes in (2, 1))
 mix_one_f16, mix_one_i8 = (_mix(nbytes, 1, (4, 1)) for nbytes in (2, 1))
 widen_f16, widen_i8 = _widen(2), _widen(1)
+scores_few_f16, scores_few_i8 = (_scores(nbytes, QUERIES, _MANY) for nbytes in (2, 1))
+mix_few_f16, mix_few_i8 = (_mix(nbytes, QUERIES, _MANY) for nbytes in (2, 1))
 scores_many, mix_many = _scores(4, QUERIES, _MANY), _mix(4, QUERIES, _MANY)

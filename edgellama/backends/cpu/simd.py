@@ -545,8 +545,7 @@ def vexp(b, x):
     return emit_exp(b, x)
 
 
-@vector_intrinsic(f32x16, f32x16)
-def vexp2(b, x):
+def emit_exp2(b, x):
     """2**x for x <= 0, within 3 ulp; exactly 1 at 0, exactly 0 below -126 (and at -inf).
 
     x = n + r with |r| <= 1/2; 2**r by a minimax polynomial of degree 5. Adding 1.5 * 2**23 rounds x to the whole number
@@ -564,3 +563,8 @@ def vexp2(b, x):
     exponent = b.shl(b.bitcast(shifted, V_I32), ir.Constant(V_I32, [23] * 16))
     power = b.bitcast(b.add(b.bitcast(p, V_I32), exponent), V_F32)
     return b.select(b.fcmp_ordered(">=", x, const(-126.0)), power, const(0.0))
+
+
+@vector_intrinsic(f32x16, f32x16)
+def vexp2(b, x):
+    return emit_exp2(b, x)

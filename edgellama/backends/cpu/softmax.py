@@ -12,18 +12,31 @@ times log2(e). Knows nothing of keys, of values or of who attends to what.
 
 from __future__ import annotations
 
-import numpy as np
-from numba import float32
+import math
 
+import numpy as np
+from numba import float32, types
+from numba.core import cgutils
+
+from .attention_loops import QUERIES, SPLIT
 from .jit import kernel
 from .simd import (
+    ADDRESS,
+    V_F32,
+    emit_exp2,
+    emit_load,
+    emit_max,
+    emit_offset,
+    emit_store,
     hmax,
     hsum,
+    ir,
     keep_below,
     load_f32,
+    load_i64,
     splat,
     store_f32,
-    vadd,
+    vector_intrinsic,
     vexp2,
     vfma,
     vload,
@@ -46,43 +59,95 @@ def state_bytes(value_stride: int) -> int:
 state_bytes_of = kernel(state_bytes)
 
 
-@kernel
-def weigh(scores, valid, end, key_scales, value_scales, state, value_stride):
-    """Scores of a split's first positions -> weights; starts the state with output 0.
+def _tops(queries: int):
+    """largest[i] = the largest in each lane of `lines` vectors of scores; scores SPLIT floats apart, states `stride`
+    bytes."""
 
-    The first `valid` of `end` (a multiple of 16) scores count, which may be none; the weights of the others are zero.
-    Unless `key_scales` is 0, scores and weights are multiplied by the scales of their positions (float32).
+    def tops(b, scores, lines, states, stride):
+        cells = [cgutils.alloca_once(b, V_F32) for _ in range(queries)]
+        for cell in cells:
+            b.store(ir.Constant(V_F32, [-math.inf] * 16), cell)
+        with cgutils.for_range(b, lines) as loop:
+            for i, cell in enumerate(cells):
+                score = emit_load(b, emit_offset(b, scores, (loop.index, 64), 4 * SPLIT * i), V_F32, 4)
+                b.store(emit_max(b, score, b.load(cell)), cell)
+        for i, cell in enumerate(cells):
+            emit_store(b, b.load(cell), emit_offset(b, states, (stride, i), LARGEST), 4)
+
+    return vector_intrinsic(types.void, *[ADDRESS] * 4)(tops)
+
+
+def _weights(queries: int):
+    """scores = 2**(score - m) and sums[i] = their sum in each lane; m from the states. Otherwise as `_tops`."""
+
+    def weights(b, scores, lines, states, stride):
+        zero, lowest = (ir.Constant(V_F32, [value] * 16) for value in (0.0, LOWEST))
+        cells, shifts = [cgutils.alloca_once(b, V_F32) for _ in range(queries)], []
+        for i, cell in enumerate(cells):
+            b.store(zero, cell)
+            largest = emit_load(b, emit_offset(b, states, (stride, i), LARGEST), V_F32, 4)
+            shifts.append(emit_max(b, largest, lowest))  # finite even if no score counts: each weight is 0 then
+        with cgutils.for_range(b, lines) as loop:
+            for i, cell in enumerate(cells):
+                at = emit_offset(b, scores, (loop.index, 64), 4 * SPLIT * i)
+                weight = emit_exp2(b, b.fsub(emit_load(b, at, V_F32, 4), shifts[i]))
+                emit_store(b, weight, at, 4)
+                b.store(b.fadd(b.load(cell), weight), cell)
+        for i, cell in enumerate(cells):
+            emit_store(b, b.load(cell), emit_offset(b, states, (stride, i)), 4)
+
+    return vector_intrinsic(types.void, *[ADDRESS] * 4)(weights)
+
+
+tops_one, tops_some = _tops(1), _tops(QUERIES)
+weights_one, weights_some = _weights(1), _weights(QUERIES)
+
+
+@kernel
+def weigh(queries, scores, lengths, start, lines, key_scales, value_scales, states, value_stride):
+    """Scores of a split's first positions -> weights, and states with output 0, for 1 or QUERIES queries.
+
+    `lines`: how many vectors of 16 scores each query has, SPLIT floats apart; the split begins at position `start`, and
+    query i sees lengths[i] (int64) positions in all, so perhaps none here: the weights of the others are zero. Unless
+    `key_scales` is 0, scores and weights are multiplied by the scales of their positions (float32 [SPLIT]).
     """
-    whole = max(valid, 0) // 16 * 16
-    top = splat(float32(-np.inf))
-    if key_scales != 0:
-        for i in range(0, whole, 16):
-            vstore(scores + 4 * i, vmul(vload(scores + 4 * i), vload(key_scales + 4 * i)))
-    for i in range(0, whole, 16):
-        top = vmax(vload(scores + 4 * i), top)
-    for i in range(whole, end, 16):
-        # What lies beyond is unwritten, with any scale: the mask comes last.
-        score = vload(scores + 4 * i)
+    stride = state_bytes_of(value_stride)
+    for i in range(queries):
+        _hide(scores + 4 * i * SPLIT, load_i64(lengths + 8 * i) - start, lines, key_scales)
+    if queries == 1:
+        tops_one(scores, lines, states, stride)
+    else:
+        tops_some(scores, lines, states, stride)
+    for i in range(queries):
+        largest = states + i * stride + LARGEST
+        vstore(largest, splat(hmax(vload(largest))))
+    if queries == 1:
+        weights_one(scores, lines, states, stride)
+    else:
+        weights_some(scores, lines, states, stride)
+    for i in range(queries):
         if key_scales != 0:
-            score = vmul(score, vload(key_scales + 4 * i))
-        score = keep_below(score, valid - i)
-        vstore(scores + 4 * i, score)
-        top = vmax(score, top)
-    largest = splat(hmax(top))
-    vstore(state + LARGEST, largest)
-    shift = vmax(largest, splat(float32(LOWEST)))  # finite even where nothing counts: every weight is 0 then
-    sums = splat(float32(0.0))
-    for i in range(0, end, 16):
-        weights = vexp2(vsub(vload(scores + 4 * i), shift))
-        sums = vadd(sums, weights)
-        vstore(scores + 4 * i, weights)
-    vstore(state, sums)
-    if key_scales != 0:
-        for i in range(0, end, 16):
-            scale = vmax(keep_below(vload(value_scales + 4 * i), valid - i), splat(float32(0.0)))
-            vstore(scores + 4 * i, vmul(vload(scores + 4 * i), scale))
-    for i in range(0, value_stride, 16):
-        vstore(state + OUTPUT + 4 * i, splat(float32(0.0)))
+            _scale(scores + 4 * i * SPLIT, load_i64(lengths + 8 * i) - start, lines, value_scales)
+        for j in range(OUTPUT, stride, 64):
+            vstore(states + i * stride + j, splat(float32(0.0)))
+
+
+@kernel
+def _hide(scores, valid, lines, scales):
+    """Scores times scales; -inf from `valid` on, where scales may be anything."""
+    if scales != 0:
+        for i in range(0, 16 * lines, 16):
+            vstore(scores + 4 * i, vmul(vload(scores + 4 * i), vload(scales + 4 * i)))
+    for i in range(max(valid, 0) // 16 * 16, 16 * lines, 16):
+        vstore(scores + 4 * i, keep_below(vload(scores + 4 * i), valid - i))
+
+
+@kernel
+def _scale(weights, valid, lines, scales):
+    """Weights times scales, as far as these are written."""
+    for i in range(0, 16 * lines, 16):
+        scale = vmax(keep_below(vload(scales + 4 * i), valid - i), splat(float32(0.0)))
+        vstore(weights + 4 * i, vmul(vload(weights + 4 * i), scale))
 
 
 @kernel
