@@ -24,6 +24,7 @@ from .simd import (
     emit_load_f16,
     emit_load_i8,
     emit_offset,
+    emit_prefetch,
     emit_store,
     ir,
     vector_intrinsic,
@@ -34,8 +35,9 @@ SPLIT = 256
 """Positions whose scores lie side by side, and whose softmax is one; whole blocks."""
 QUERIES = 4
 """How many queries share one loop over widened keys and values."""
-LINES = BLOCK // 16
-"""Vectors of 16 positions in a block."""
+ROWS_AHEAD = 16
+"""Rows of values between the one in use and the one that is asked for. The cache itself is asked for ahead, or the
+memory would rest while a split's softmax and the other loop are computed; widened blocks are near anyway."""
 
 
 def _load_f32(b, address):
@@ -80,7 +82,11 @@ def _scores(nbytes: int, queries: int, widths: tuple[int, ...]):
             acc = _cells(b, queries, width)
             starts = [emit_offset(b, keys, b.mul(b.add(first, I64(j)), line_bytes)) for j in range(width)]
             with cgutils.for_range(b, head_dim) as loop:
-                loaded = [load(b, emit_offset(b, start, (loop.index, 16 * nbytes))) for start in starts]
+                places = [emit_offset(b, start, (loop.index, 16 * nbytes)) for start in starts]
+                loaded = [load(b, place) for place in places]
+                if nbytes < 4:
+                    for place in places:
+                        emit_prefetch(b, emit_offset(b, place, (line_bytes, width)))
                 for i in range(queries):
                     x = emit_broadcast_f32(b, emit_offset(b, q, (stride, i), (loop.index, 4)))
                     for line, cell in zip(loaded, acc[i], strict=True):
@@ -117,6 +123,9 @@ def _mix(nbytes: int, queries: int, widths: tuple[int, ...]):
             with cgutils.for_range(b, positions) as loop:
                 row = emit_offset(b, column, b.mul(loop.index, row_bytes))
                 loaded = [load(b, emit_offset(b, row, 16 * nbytes * j)) for j in range(width)]
+                if nbytes < 4:
+                    for at in range(0, 16 * nbytes * width, 64):
+                        emit_prefetch(b, emit_offset(b, row, (row_bytes, ROWS_AHEAD), at))
                 for i in range(queries):
                     w = emit_broadcast_f32(b, emit_offset(b, weights, 4 * SPLIT * i, (loop.index, 4)))
                     for line, cell in zip(loaded, acc[i], strict=True):
