@@ -13,7 +13,6 @@ from collections.abc import Callable
 from numba import types
 from numba.core import cgutils
 
-from ...kv_cache import BLOCK
 from .simd import (
     ADDRESS,
     I64,

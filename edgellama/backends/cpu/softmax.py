@@ -6,6 +6,7 @@ A *state* is what attention knows of one query after some positions, all relativ
     largest  float32                  m, in all of 16 lanes
     output   float32 [value_stride]   sum of 2**(score - m) * value
 
+In a cache of int8 the output has the values' scales in its weights, the sums have not.
 (Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867; splits: Flash-Decoding, Dao et al. 2023.) Scores come
 times log2(e). Knows nothing of keys, of values or of who attends to what.
 """
@@ -57,6 +58,7 @@ def state_bytes(value_stride: int) -> int:
 
 
 state_bytes_of = kernel(state_bytes)
+"""`state_bytes` for jitted code."""
 
 
 def _tops(queries: int):
