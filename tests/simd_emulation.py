@@ -13,6 +13,11 @@ import types
 import numpy as np
 from numba.core.dispatcher import Dispatcher
 
+from edgellama.backends.cpu.attention import KERNELS
+from edgellama.backends.cpu.attention_loops import QUERIES, SPLIT
+from edgellama.backends.cpu.jit import Native
+from edgellama.backends.cpu.softmax import LARGEST, LOWEST
+
 _f32, _i32 = np.float32, np.int32
 
 
@@ -49,9 +54,14 @@ def _exp(x):
     return np.where(x < -87.3, _f32(0), np.exp(np.clip(x, -87.3, 88.3).astype(np.float64)).astype(_f32))
 
 
+def _exp2(x):
+    """The vocabulary's exp2 up to its last two bits; exact where it is exact."""
+    return np.where(x >= -126, np.exp2(np.maximum(x, _f32(-126)).astype(np.float64)).astype(_f32), _f32(0))
+
+
 def _fma(x, y, z):
     """One rounding: products of float32 are exact in float64, and the sum's double rounding is rare."""
-    return (x.astype(np.float64) * y.astype(np.float64) + z.astype(np.float64)).astype(_f32)
+    return (x.astype(np.float64) * np.float64(y) + z.astype(np.float64)).astype(_f32)
 
 
 VOCABULARY = {
@@ -91,61 +101,112 @@ VOCABULARY = {
 }
 
 
-def _scores(dtype, queries, parts):
-    def scores(q, q_stride, keys, head_dim, out):
-        nbytes = np.dtype(dtype).itemsize
+def _scores(dtype, queries):
+    def scores(q, keys, head_dim, lines, out):
         for i in range(queries):
-            x = _view(q + i * q_stride, _f32, head_dim)
-            for part in range(parts):
-                lines = _view(keys + part * head_dim * 16 * nbytes, dtype, head_dim * 16).astype(_f32)
+            x = _view(q + 4 * i * head_dim, _f32, head_dim)
+            for line in range(lines):
+                at = keys + line * head_dim * 16 * np.dtype(dtype).itemsize
+                rows = _view(at, dtype, head_dim * 16).astype(_f32).reshape(head_dim, 16)
                 acc = np.zeros(16, _f32)
                 for d in range(head_dim):
-                    acc = _fma(lines[16 * d : 16 * d + 16], np.full(16, x[d]), acc)
-                _view(out + i * 256 + part * 64, _f32, 16)[:] = acc
+                    acc = _fma(rows[d], x[d], acc)
+                _view(out + 4 * i * SPLIT + line * 64, _f32, 16)[:] = acc
 
     return scores
 
 
-def _mix(dtype, queries, chunks):
+def _mix(dtype, queries):
     def mix(weights, values, value_stride, positions, out, out_stride):
+        rows = _view(values, dtype, positions * value_stride).astype(_f32).reshape(positions, value_stride)
         for i in range(queries):
-            target = _view(out + i * out_stride, _f32, 16 * chunks)
+            target, w = _view(out + i * out_stride, _f32, value_stride), _view(weights + 4 * i * SPLIT, _f32, positions)
             for p in range(positions):
-                row = _view(values + p * value_stride * np.dtype(dtype).itemsize, dtype, 16 * chunks).astype(_f32)
-                target[:] = _fma(row, np.full(16 * chunks, _view(weights + i * 256 + 4 * p, _f32, 1)[0]), target)
+                target[:] = _fma(rows[p], w[p], target)
 
     return mix
 
 
-ATTENTION = {
-    kind: (_scores(t, 1, 4), _scores(t, 4, 2), _mix(t, 1, 4), _mix(t, 1, 1), _mix(t, 4, 2), _mix(t, 4, 1))
-    for kind, t in (("float16", np.float16), ("int8", np.int8))
+def _widen(dtype):
+    def widen(source, count, to):
+        _view(to, _f32, count)[:] = _view(source, dtype, count)
+
+    return widen
+
+
+def _tops(queries):
+    def tops(scores, lines, states, stride):
+        for i in range(queries):
+            rows = _view(scores + 4 * i * SPLIT, _f32, 16 * max(lines, 0)).reshape(-1, 16)
+            _view(states + i * stride + LARGEST, _f32, 16)[:] = rows.max(axis=0, initial=-np.inf)
+
+    return tops
+
+
+def _weights(queries):
+    def weights(scores, lines, states, stride):
+        for i in range(queries):
+            shift = np.maximum(_view(states + i * stride + LARGEST, _f32, 16), _f32(LOWEST))
+            sums = np.zeros(16, _f32)
+            for line in range(lines):
+                score = _view(scores + 4 * i * SPLIT + 64 * line, _f32, 16)
+                score[:] = _exp2(score - shift)
+                sums += score
+            _view(states + i * stride, _f32, 16)[:] = sums
+
+    return weights
+
+
+def _transpose(a, stride, to):
+    _view(to, _f32, 256)[:] = np.stack([_view(a + i * stride, _f32, 16) for i in range(16)], axis=1).ravel()
+
+
+def _scatterer(dtype):
+    def scatter(a, stride, v):
+        for i in range(16):
+            _storer(dtype, 1)(a + i * stride, v[i])
+
+    return scatter
+
+
+def _fetch_add(address, value):
+    old = VOCABULARY["load_i64"](address)
+    VOCABULARY["store_i64"](address, old + value)
+    return old
+
+
+VOCABULARY |= {
+    "transpose": _transpose,
+    "vscatter_f16": _scatterer(np.float16),
+    "vscatter_i8": _scatterer(np.int8),
+    "vexp2": _exp2,
+    "widen_f16": _widen(np.float16),
+    "widen_i8": _widen(np.int8),
+    "scores_many": _scores(_f32, QUERIES),
+    "mix_many": _mix(_f32, QUERIES),
+    "tops_one": _tops(1),
+    "tops_some": _tops(QUERIES),
+    "weights_one": _weights(1),
+    "weights_some": _weights(QUERIES),
+    "fetch_add": _fetch_add,
+    "atomic_store": _storer(np.int64, 1),
+    # An interpreted kernel's address is its place among attention's kernels.
+    "call_pass": lambda address, *args: interpreted(list(KERNELS.values())[address])(*args),
+    "call_store": lambda address, *args: interpreted(list(KERNELS.values())[address])(*args),
 }
-"""The kernels that attention calls by address, in the order of its KERNEL_FIELDS."""
-
-_BY_ADDRESS = [function for functions in ATTENTION.values() for function in functions]
-
-
-def attention_addresses(kind: str) -> list[int]:
-    """Stand-ins for addresses, which the emulated calls understand."""
-    return [_BY_ADDRESS.index(function) for function in ATTENTION[kind]]
+for _count, _queries in (("one", 1), ("few", QUERIES)):
+    for _kind, _dtype in (("f16", np.float16), ("i8", np.int8)):
+        VOCABULARY[f"scores_{_count}_{_kind}"] = _scores(_dtype, _queries)
+        VOCABULARY[f"mix_{_count}_{_kind}"] = _mix(_dtype, _queries)
 
 
-TILES = {
-    "call_scores": lambda address, *args: _BY_ADDRESS[address](*args),
-    "call_mix": lambda address, *args: _BY_ADDRESS[address](*args),
-}
-
-
-def interpreted(dispatcher: Dispatcher) -> types.FunctionType:
+def interpreted(dispatcher: Dispatcher | Native) -> types.FunctionType:
     """The jitted function as plain Python over the emulated vocabulary."""
     source = dispatcher.py_func
     scope = dict(source.__globals__)
     for name in source.__code__.co_names:
         if name in VOCABULARY:
             scope[name] = VOCABULARY[name]
-        elif name in TILES:
-            scope[name] = TILES[name]
         elif isinstance(scope.get(name), Dispatcher):
             scope[name] = interpreted(scope[name])
     return types.FunctionType(source.__code__, scope, source.__name__, source.__defaults__)

@@ -7,10 +7,9 @@ import pytest
 
 pytest.importorskip("numba")
 from edgellama import quant
-from edgellama.backends.cpu import attention, vector_ops
-from edgellama.backends.cpu.plan import MATRIX, PACK, PLAN
-from edgellama.kv_cache import ELEMENT_BYTES, aligned_zeros
-from simd_emulation import attention_addresses, interpreted
+from edgellama.backends.cpu import vector_ops
+from edgellama.backends.cpu.plan import MATRIX, PACK
+from simd_emulation import interpreted
 
 WAYS = {"compiled": lambda kernel: kernel, "interpreted": interpreted}
 both_ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -89,16 +88,6 @@ def test_embed(way, bits):
     assert (out == expected).all()
 
 
-@both_ways
-def test_rotate(way):
-    """Every pair (x[i], x[i + half]) turns by its angle: half-split, as in Hugging Face's Llama."""
-    x, angle = floats(40), floats(20, 1)
-    pairs = (x[:20] + 1j * x[20:]) * np.exp(1j * angle.astype(np.float64)) * 0.25
-    cos, sin = np.cos(angle), np.sin(angle)
-    way(vector_ops.rotate)(address(x), address(cos), address(sin), 40, np.float32(0.25))
-    np.testing.assert_allclose(x, np.concatenate([pairs.real, pairs.imag]), atol=8 * EPS)
-
-
 ACTIVATIONS = {
     vector_ops.SILU: lambda v: v / (1 + np.exp(-v)),
     vector_ops.GELU: lambda v: v * 0.5 * (1 + np.vectorize(math.erf)(v / math.sqrt(2))),
@@ -116,69 +105,3 @@ def test_gate(way, activation):
     with np.errstate(over="ignore"):
         way(vector_ops.gate)(address(h), address(up), 64, activation)
     np.testing.assert_allclose(h, exact, rtol=16 * EPS, atol=1e-6)
-
-
-class Head:
-    """The cache of one KV head, written by the kernels' own store functions, and attention over it."""
-
-    def __init__(self, positions: int, head_dim: int, kind: str, way):
-        self.head_dim, self.stride, self.way = head_dim, quant.round_up(head_dim, 16), way
-        room, nbytes = quant.round_up(positions, 64), ELEMENT_BYTES[kind]
-        k, v = (floats(positions * head_dim, seed).reshape(positions, head_dim) for seed in (1, 2))
-        self.keys, self.values = aligned_zeros(room * head_dim * nbytes), aligned_zeros(room * self.stride * nbytes)
-        self.key_scales, self.value_scales = np.zeros(room, np.float32), np.zeros(room, np.float32)
-        for p in range(positions):
-            if kind == "float16":
-                way(vector_ops.store_key)(address(k[p]), address(self.keys), p, head_dim)
-                way(vector_ops.store_value)(address(v[p]), address(self.values), p, head_dim, self.stride)
-            else:
-                scales = address(self.key_scales), address(self.value_scales)
-                way(vector_ops.store_key_int8)(address(k[p]), address(self.keys), scales[0], p, head_dim)
-                way(vector_ops.store_value_int8)(
-                    address(v[p]), address(self.values), scales[1], p, head_dim, self.stride
-                )
-        self.k, self.v = (a.astype(np.float16) if kind == "float16" else self.rounded(a) for a in (k, v))
-        self.plan = np.zeros(1, PLAN)
-        self.plan["kv_bytes"], self.plan["head_dim"], self.plan["value_stride"] = nbytes, head_dim, self.stride
-        addresses = [native.address for native in attention.KERNELS[kind]]
-        if way is interpreted:
-            addresses = attention_addresses(kind)
-        for field, where in zip(attention.KERNEL_FIELDS, addresses, strict=True):
-            self.plan[field] = where
-
-    @staticmethod
-    def rounded(a: np.ndarray) -> np.ndarray:
-        """What int8 with absmax / 127 makes of each position."""
-        top = np.abs(a).max(axis=1, keepdims=True)
-        return np.rint(a * (np.float32(127) / top)) * (top / np.float32(127))
-
-    def attend(self, q: np.ndarray, lengths: list[int]) -> np.ndarray:
-        out = np.zeros_like(q)
-        outs = np.array([address(out) + 4 * self.head_dim * i for i in range(len(q))], np.int64)
-        seen, scratch = np.array(lengths, np.int64), aligned_zeros(attention.scratch_bytes(self.stride))
-        cache = [address(a) for a in (self.keys, self.values, self.key_scales, self.value_scales)]
-        plan = self.plan.view(np.recarray)[0]
-        arguments = len(q), address(q), 4 * self.head_dim, address(seen), *cache, address(outs), address(scratch)
-        self.way(attention.attend)(plan, *arguments)
-        return out
-
-    def expected(self, q: np.ndarray, lengths: list[int]) -> np.ndarray:
-        out = np.zeros(q.shape)
-        for i, n in enumerate(lengths):
-            scores = self.k[:n].astype(np.float64) @ q[i]
-            weights = np.exp(scores - scores.max())
-            out[i] = weights / weights.sum() @ self.v[:n].astype(np.float64)
-        return out
-
-
-@pytest.mark.parametrize("kind", ["float16", "int8"])
-@pytest.mark.parametrize("head_dim", [20, 64])
-@pytest.mark.parametrize(("way", "positions"), [("compiled", 2100), ("interpreted", 150)])
-def test_attention(way, positions, head_dim, kind):
-    head = Head(positions, head_dim, kind, WAYS[way])
-    q = (floats(4 * head_dim, 3) / math.sqrt(head_dim)).reshape(4, head_dim)
-    lengths = [positions, positions - 1, positions // 2, 1]
-    four = head.attend(q, lengths)
-    np.testing.assert_allclose(four, head.expected(q, lengths), atol=positions * EPS)
-    for i in range(4):
-        assert (head.attend(q[i : i + 1], lengths[i : i + 1]) == four[i]).all(), "a query alone has the same bits"

@@ -15,6 +15,12 @@ def run_exp(x, out, n):
 
 
 @kernel
+def run_exp2(x, out, n):
+    for i in range(0, n, 16):
+        simd.vstore(out + 4 * i, simd.vexp2(simd.vload(x + 4 * i)))
+
+
+@kernel
 def run_folds(x):
     v = simd.vload(x)
     return simd.hsum(v), simd.hmax(v), simd.hsum_i32(simd.round_i32(v))
@@ -50,6 +56,41 @@ def test_exp_at_its_special_points():
     assert (exp(np.zeros(16)) == 1).all()
     assert (exp(np.full(16, -np.inf)) == 0).all()
     assert (exp(np.full(16, -100.0)) == 0).all()
+
+
+def exp2(x: np.ndarray) -> np.ndarray:
+    x = np.ascontiguousarray(x, np.float32)
+    out = np.empty_like(x)
+    run_exp2(x.ctypes.data, out.ctypes.data, x.size)
+    return out
+
+
+def test_exp2_is_within_three_ulp():
+    x = -np.concatenate([np.linspace(0, 126, 1 << 16), np.geomspace(1e-30, 1, 1 << 12)]).astype(np.float32)
+    exact = np.exp2(x.astype(np.float64))
+    assert (np.abs(exp2(x) - exact) <= 3 * np.spacing(exact.astype(np.float32))).all()
+
+
+def test_exp2_at_its_special_points():
+    whole = np.arange(-126, 2)[:128]
+    assert (exp2(whole) == 2.0**whole).all()
+    assert (exp2(np.array([-126.01, -1e4, -1e30, -np.inf] * 4)) == 0).all()
+
+
+@kernel
+def run_moves(x, square, half, byte, stride):
+    simd.transpose(x, 80, square)
+    simd.vscatter_f16(half, stride, simd.vload(x))
+    simd.vscatter_i8(byte, stride, simd.round_i32(simd.vload(x)))
+
+
+def test_transpose_and_scatter():
+    x = np.random.default_rng(0).uniform(-127, 127, (16, 20)).astype(np.float32)
+    square, half, byte = np.zeros((16, 16), np.float32), np.zeros((16, 4), np.float16), np.zeros((16, 8), np.int8)
+    run_moves(x.ctypes.data, square.ctypes.data, half.ctypes.data, byte.ctypes.data, 8)
+    assert (square == x[:, :16].T).all()
+    assert (half[:, 0] == x[0, :16].astype(np.float16)).all() and (half[:, 1:] == 0).all()
+    assert (byte[:, 0] == np.rint(x[0, :16])).all() and (byte[:, 1:] == 0).all()
 
 
 def test_folds_and_rounding():

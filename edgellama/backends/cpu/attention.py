@@ -1,339 +1,367 @@
-"""Causal attention over the KV cache, for one KV head and up to four queries that share it.
+"""Causal attention over the KV cache: which queries attend to which positions, and which thread does it.
 
-The cache of one head: keys [positions/16][head_dim][16] (lane = position: nothing is summed across lanes),
-values [positions][value_stride]; float16, or int8 with a float32 scale for each position. Softmax runs online
-over blocks of 64 positions at fixed places, whose results are gathered in splits of 1024 positions and merged in
-order. So a query's bits do not depend on which queries share its pass, on chunks, or on which thread did it.
-(Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867; splits: Flash-Decoding, Dao et al. 2023.)
+All queries of a few neighbouring tokens that share a KV head go through the cache together, in splits of SPLIT
+positions at fixed places; the states of the splits are merged in order (see `softmax`). A query's bits do not depend
+on the queries beside it, nor on who computes a split: several threads may share the splits of one head, and the one
+that ends last merges them. How a split is computed: `attention_loops`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-import numpy as np
-from numba import float32, int64, types
-from numba.core import cgutils
+from numba import int64, types
 
 from ...kv_cache import BLOCK
-from .jit import Native, kernel
-from .simd import (
-    ADDRESS,
-    I64,
-    V_F32,
-    emit_broadcast_f32,
-    emit_fma,
-    emit_load,
-    emit_load_f16,
-    emit_load_i8,
-    emit_native_call,
-    emit_offset,
-    emit_splat,
-    emit_store,
-    hmax,
-    hsum,
-    ir,
-    keep_below,
-    load_f32,
-    load_i64,
-    splat,
-    store_f32,
-    vadd,
-    vector_intrinsic,
-    vexp,
-    vfma,
-    vload,
-    vmax,
-    vmul,
-    vstore,
-    vsub,
+from ...quant import round_up
+from .attention_loops import (
+    QUERIES,
+    SPLIT,
+    mix_few_f16,
+    mix_few_i8,
+    mix_many,
+    mix_one_f16,
+    mix_one_i8,
+    scores_few_f16,
+    scores_few_i8,
+    scores_many,
+    scores_one_f16,
+    scores_one_i8,
+    widen_f16,
+    widen_i8,
 )
+from .cache_store import LINE_POSITIONS, rotate, store, store_scratch_bytes
+from .jit import Native, kernel
+from .simd import ADDRESS, emit_native_call, load_i64, store_i64, vector_intrinsic
+from .softmax import OUTPUT, finish, merge, state_bytes, state_bytes_of, weigh
+from .sync import atomic_store, fetch_add
 
-SPLIT = 1024
-"""Positions whose blocks share one state; a multiple of BLOCK."""
-QUERIES = 4
-"""How many queries share one pass over the cache."""
-
-
-_STATE_HEAD = 128
-"""Bytes of a state before its output: the sums (16 floats), the maximum, and room to align."""
-
-
-def scratch_bytes(value_stride: int) -> int:
-    """What `attend` needs for itself: scores, and two states (sums, maximum, output) for each query."""
-    return QUERIES * (BLOCK * 4 + 2 * (_STATE_HEAD + 4 * value_stride))
+MOST_QUERIES = 64
+"""Queries that go through the cache together: the more, the less often it is widened; their scores stay in cache."""
+FEW_TOKENS = 8
+"""Up to so many tokens, each split of each head is a piece of work of its own."""
 
 
-class Element(NamedTuple):
-    """How the cache holds a number, and what loads 16 of them as float32."""
-
-    nbytes: int
-    emit_load: Callable
+def piece_tokens(shared: int) -> int:
+    """Tokens of a piece of work, if `shared` queries of a token share a KV head."""
+    return max(1, MOST_QUERIES // shared)
 
 
-ELEMENTS = {"float16": Element(2, emit_load_f16), "int8": Element(1, emit_load_i8)}
+def scratch_parts(shared: int, head_dim: int, value_stride: int) -> dict[str, int]:
+    """Bytes that a thread needs, by plan field; they lie in this order."""
+    room = round_up(piece_tokens(shared) * shared, QUERIES)
+    states = room * state_bytes(value_stride)
+    block = max(4 * BLOCK * value_stride, store_scratch_bytes(value_stride))
+    return {
+        "lengths": 8 * room,
+        "queries": round_up(4 * room * head_dim, 64),
+        "states": states,
+        "split_states": states,
+        "pass_scratch": 4 * room * SPLIT + block,
+    }
 
 
-def _scores(element: Element, queries: int, parts: int):
-    """scores[query][16 * part + lane] = q . k for `parts` neighbouring key blocks of 16 positions."""
-    line = 16 * element.nbytes
-
-    def scores(b, q, q_stride, keys, head_dim, out):
-        """Query i at q + i * q_stride (bytes); results BLOCK floats apart."""
-        acc = [[cgutils.alloca_once(b, V_F32) for _ in range(parts)] for _ in range(queries)]
-        for row in acc:
-            for cell in row:
-                b.store(ir.Constant(V_F32, [0.0] * 16), cell)
-        with cgutils.for_range(b, head_dim) as loop:
-            d = loop.index
-            lines = [
-                element.emit_load(b, emit_offset(b, keys, (b.mul(head_dim, I64(p)), line), (d, line)))
-                for p in range(parts)
-            ]
-            for i in range(queries):
-                x = emit_broadcast_f32(b, emit_offset(b, q, (q_stride, i), (d, 4)))
-                for p in range(parts):
-                    b.store(emit_fma(b, lines[p], x, b.load(acc[i][p])), acc[i][p])
-        for i in range(queries):
-            for p in range(parts):
-                emit_store(b, b.load(acc[i][p]), emit_offset(b, out, 4 * BLOCK * i + 64 * p), 4)
-
-    return vector_intrinsic(types.void, *[ADDRESS] * SCORES_ARGUMENTS)(scores)
-
-
-def _mix(element: Element, queries: int, chunks: int):
-    """out[query][dim] += sum over positions of weight * value, for `chunks` * 16 neighbouring dims."""
-
-    def mix(b, weights, values, value_stride, positions, out, out_stride):
-        """Weights of a query BLOCK floats apart; value_stride in elements; out_stride in bytes."""
-        acc = [[cgutils.alloca_once(b, V_F32) for _ in range(chunks)] for _ in range(queries)]
-        for i in range(queries):
-            for c in range(chunks):
-                b.store(emit_load(b, emit_offset(b, out, (out_stride, i), 64 * c), V_F32, 4), acc[i][c])
-        with cgutils.for_range(b, positions) as loop:
-            p = loop.index
-            row = emit_offset(b, values, (b.mul(p, value_stride), element.nbytes))
-            lines = [element.emit_load(b, emit_offset(b, row, 16 * element.nbytes * c)) for c in range(chunks)]
-            for i in range(queries):
-                w = emit_splat(b, emit_load(b, emit_offset(b, weights, 4 * BLOCK * i, (p, 4)), ir.FloatType(), 4))
-                for c in range(chunks):
-                    b.store(emit_fma(b, lines[c], w, b.load(acc[i][c])), acc[i][c])
-        for i in range(queries):
-            for c in range(chunks):
-                emit_store(b, b.load(acc[i][c]), emit_offset(b, out, (out_stride, i), 64 * c), 4)
-
-    return vector_intrinsic(types.void, *[ADDRESS] * MIX_ARGUMENTS)(mix)
-
-
-SCORES_ARGUMENTS, MIX_ARGUMENTS = 5, 6
-_f16, _i8 = ELEMENTS["float16"], ELEMENTS["int8"]
-_scores_one_f16, _scores_four_f16 = _scores(_f16, 1, 4), _scores(_f16, QUERIES, 2)
-_scores_one_i8, _scores_four_i8 = _scores(_i8, 1, 4), _scores(_i8, QUERIES, 2)
-_mix_one_f16, _mix_one_narrow_f16 = _mix(_f16, 1, 4), _mix(_f16, 1, 1)
-_mix_one_i8, _mix_one_narrow_i8 = _mix(_i8, 1, 4), _mix(_i8, 1, 1)
-_mix_four_f16, _mix_four_narrow_f16 = _mix(_f16, QUERIES, 2), _mix(_f16, QUERIES, 1)
-_mix_four_i8, _mix_four_narrow_i8 = _mix(_i8, QUERIES, 2), _mix(_i8, QUERIES, 1)
-
-
-@Native
-def scores_one_f16(q, q_stride, keys, head_dim, out):
-    _scores_one_f16(q, q_stride, keys, head_dim, out)
-
-
-@Native
-def scores_four_f16(q, q_stride, keys, head_dim, out):
-    _scores_four_f16(q, q_stride, keys, head_dim, out)
-
-
-@Native
-def mix_one_f16(weights, values, value_stride, positions, out, out_stride):
-    _mix_one_f16(weights, values, value_stride, positions, out, out_stride)
-
-
-@Native
-def mix_one_narrow_f16(weights, values, value_stride, positions, out, out_stride):
-    _mix_one_narrow_f16(weights, values, value_stride, positions, out, out_stride)
-
-
-@Native
-def mix_four_f16(weights, values, value_stride, positions, out, out_stride):
-    _mix_four_f16(weights, values, value_stride, positions, out, out_stride)
-
-
-@Native
-def mix_four_narrow_f16(weights, values, value_stride, positions, out, out_stride):
-    _mix_four_narrow_f16(weights, values, value_stride, positions, out, out_stride)
-
-
-@Native
-def scores_one_i8(q, q_stride, keys, head_dim, out):
-    _scores_one_i8(q, q_stride, keys, head_dim, out)
-
-
-@Native
-def scores_four_i8(q, q_stride, keys, head_dim, out):
-    _scores_four_i8(q, q_stride, keys, head_dim, out)
-
-
-@Native
-def mix_one_i8(weights, values, value_stride, positions, out, out_stride):
-    _mix_one_i8(weights, values, value_stride, positions, out, out_stride)
-
-
-@Native
-def mix_one_narrow_i8(weights, values, value_stride, positions, out, out_stride):
-    _mix_one_narrow_i8(weights, values, value_stride, positions, out, out_stride)
-
-
-@Native
-def mix_four_i8(weights, values, value_stride, positions, out, out_stride):
-    _mix_four_i8(weights, values, value_stride, positions, out, out_stride)
-
-
-@Native
-def mix_four_narrow_i8(weights, values, value_stride, positions, out, out_stride):
-    _mix_four_narrow_i8(weights, values, value_stride, positions, out, out_stride)
-
-
-KERNEL_FIELDS = ("scores_one", "scores_four", "mix_one", "mix_one_narrow", "mix_four", "mix_four_narrow")
-KERNELS = {
-    "float16": (scores_one_f16, scores_four_f16, mix_one_f16, mix_one_narrow_f16, mix_four_f16, mix_four_narrow_f16),
-    "int8": (scores_one_i8, scores_four_i8, mix_one_i8, mix_one_narrow_i8, mix_four_i8, mix_four_narrow_i8),
-}
-"""The kernels that `attend` calls by address, by the cache's kind; their fields in the plan have these names."""
-
-
-@vector_intrinsic(types.void, *[ADDRESS] * (SCORES_ARGUMENTS + 1))
-def call_scores(b, address, q, q_stride, keys, head_dim, out):
-    """Call a kernel of scores by its address."""
-    emit_native_call(b, address, q, q_stride, keys, head_dim, out)
-
-
-@vector_intrinsic(types.void, *[ADDRESS] * (MIX_ARGUMENTS + 1))
-def call_mix(b, address, weights, values, value_stride, positions, out, out_stride):
-    """Call a kernel that mixes values by its address."""
-    emit_native_call(b, address, weights, values, value_stride, positions, out, out_stride)
+def few_states_bytes(n_kv_heads: int, shared: int, n_ctx: int, value_stride: int) -> int:
+    """Bytes of the states of all splits of FEW_TOKENS tokens: see `_few_states`."""
+    splits = -(-n_ctx // SPLIT)
+    return splits * n_kv_heads * FEW_TOKENS * round_up(shared, QUERIES) * state_bytes(value_stride)
 
 
 @kernel
-def _start(state, value_stride):
-    """An empty state: sums 0 (16 lanes), output 0, max -inf."""
-    zero = splat(float32(0.0))
-    vstore(state, zero)
-    store_f32(state + 64, float32(-np.inf))
-    for i in range(0, value_stride, 16):
-        vstore(state + _STATE_HEAD + 4 * i, zero)
+def _end_of(lengths, n, start):
+    """Positions of the split at `start` that the longest of `n` queries sees."""
+    end = int64(0)
+    for i in range(n):
+        end = max(end, load_i64(lengths + 8 * i) - start)
+    return min(end, SPLIT)
 
 
-@kernel
-def _softmax_block(scores, valid, state, value_stride):
-    """Turn 64 scores, the first `valid` of them real, into weights; rescale the state to the new maximum."""
-    top = keep_below(vload(scores), valid)
-    for i in range(16, BLOCK, 16):
-        top = vmax(keep_below(vload(scores + 4 * i), valid - i), top)
-    old = load_f32(state + 64)
-    new = max(old, hmax(top))
-    store_f32(state + 64, new)
-    shift = splat(new)
-    # On the first block the sums and the output are zero and the factor, e**-inf, is zero too.
-    factor = vexp(vsub(splat(old), shift))
-    sums = vmul(vload(state), factor)
-    for i in range(0, BLOCK, 16):
-        weights = vexp(vsub(keep_below(vload(scores + 4 * i), valid - i), shift))
-        sums = vadd(sums, weights)
-        vstore(scores + 4 * i, weights)
-    vstore(state, sums)
-    if new != old:
-        for i in range(0, value_stride, 16):
-            at = state + _STATE_HEAD + 4 * i
-            vstore(at, vmul(vload(at), factor))
+@Native
+def pass_one(q, n, lengths, start, keys, values, key_scales, value_scales, kv_bytes, head_dim, value_stride, states,
+             scratch):  # fmt: skip
+    """The state of one query after the split whose positions begin with `start`; arguments: see `pass_many`."""
+    end = _end_of(lengths, 1, start)
+    lines = (end + 15) // 16
+    output = states + OUTPUT
+    if kv_bytes == 1:
+        scores_one_i8(q, keys, head_dim, lines, scratch)
+    else:
+        scores_one_f16(q, keys, head_dim, lines, scratch)
+    weigh(1, scratch, lengths, start, lines, key_scales if kv_bytes == 1 else 0, value_scales, states, value_stride)
+    if kv_bytes == 1:
+        mix_one_i8(scratch, values, value_stride, end, output, 0)
+    else:
+        mix_one_f16(scratch, values, value_stride, end, output, 0)
 
 
-@kernel
-def _merge(into, state, value_stride):
-    """Add a split's state to the running one; `into` may be empty, `state` may not."""
-    a, b = load_f32(into + 64), load_f32(state + 64)
-    top = max(a, b)
-    fa, fb = vexp(splat(a - top)), vexp(splat(b - top))
-    store_f32(into + 64, top)
-    vstore(into, vfma(vload(into), fa, vmul(vload(state), fb)))
-    for i in range(_STATE_HEAD, _STATE_HEAD + 4 * value_stride, 64):
-        vstore(into + i, vfma(vload(into + i), fa, vmul(vload(state + i), fb)))
+@Native
+def pass_few(q, n, lengths, start, keys, values, key_scales, value_scales, kv_bytes, head_dim, value_stride, states,
+             scratch):  # fmt: skip
+    """`pass_many` for up to QUERIES queries, which takes the cache as it streams from memory."""
+    end = _end_of(lengths, n, start)
+    lines = (end + 15) // 16
+    stride = state_bytes_of(value_stride)
+    if kv_bytes == 1:
+        scores_few_i8(q, keys, head_dim, lines, scratch)
+    else:
+        scores_few_f16(q, keys, head_dim, lines, scratch)
+    scales = key_scales if kv_bytes == 1 else 0
+    weigh(QUERIES, scratch, lengths, start, lines, scales, value_scales, states, value_stride)
+    if kv_bytes == 1:
+        mix_few_i8(scratch, values, value_stride, end, states + OUTPUT, stride)
+    else:
+        mix_few_f16(scratch, values, value_stride, end, states + OUTPUT, stride)
 
 
-@kernel
-def _scale(values, scales, n):
-    """Multiply 64 values by the scales of their positions, of which the first `n` are written."""
-    for i in range(0, BLOCK, 16):
-        written = keep_below(vload(scales + 4 * i), n - i)
-        vstore(values + 4 * i, vmul(vload(values + 4 * i), vmax(written, splat(float32(0.0)))))
+@Native
+def pass_many(q, n, lengths, start, keys, values, key_scales, value_scales, kv_bytes, head_dim, value_stride, states,
+              scratch):  # fmt: skip
+    """The states of `n` queries after the split whose positions begin with `start`.
 
-
-@kernel
-def _mix_all(p, queries, weights, values, positions, out, out_stride):
-    """All dims of the output, widest kernel first."""
-    wide, narrow, width = p.mix_one, p.mix_one_narrow, int64(64)
-    if queries > 1:
-        wide, narrow, width = p.mix_four, p.mix_four_narrow, int64(32)
-    i = int64(0)
-    while i < p.value_stride:
-        step = width if p.value_stride - i >= width else int64(16)
-        function = wide if step == width else narrow
-        call_mix(function, weights, values + i * p.kv_bytes, p.value_stride, positions, out + 4 * i, out_stride)
-        i += step
-
-
-@kernel
-def attend(p, queries, q, q_stride, lengths, keys, values, key_scales, value_scales, out, scratch):
-    """Attention of `queries` (1 or QUERIES) queries of one KV head; `p` is the plan (see `plan`).
-
-    q, keys, values, scratch: addresses; query i is q + i * q_stride (bytes; already rotated and scaled) and sees
-    positions 0 .. lengths[i] - 1; a query whose length is 0 is left out. `key_scales` and `value_scales`, float32
-    [positions], are read if the cache is int8. `lengths` and `out` are int64 [QUERIES]; out[i] is the address of a
-    float32 [head_dim].
+    q: float32 [n][head_dim]; query i sees lengths[i] positions of the sequence (int64). keys .. value_scales: addresses
+    of the split in one head's cache. q, lengths and states have room for whole groups of QUERIES; lengths there are 0.
+    A block of the cache is widened to float32 for all queries at once.
     """
-    head_dim, value_stride = p.head_dim, p.value_stride
-    state_bytes = _STATE_HEAD + 4 * value_stride
-    scores, running = scratch, scratch + QUERIES * BLOCK * 4
-    total = running + QUERIES * state_bytes
-    longest = load_i64(lengths)
-    for i in range(queries):
-        length = load_i64(lengths + 8 * i)
+    stride = state_bytes_of(value_stride)
+    groups = (n + QUERIES - 1) // QUERIES
+    block = scratch + 4 * groups * QUERIES * SPLIT
+    longest = _end_of(lengths, n, start)
+    for first in range(0, longest, BLOCK):
+        numbers = (min(longest - first, BLOCK) + 15) // 16 * 16 * head_dim
+        at = keys + first * head_dim * kv_bytes
+        if kv_bytes == 1:
+            widen_i8(at, numbers, block)
+        else:
+            widen_f16(at, numbers, block)
+        for i in range(0, n, QUERIES):
+            end = min(_end_of(lengths + 8 * i, QUERIES, start) - first, BLOCK)
+            if end > 0:
+                scores_many(q + 4 * i * head_dim, block, head_dim, (end + 15) // 16, scratch + 4 * (i * SPLIT + first))
+    scales = key_scales if kv_bytes == 1 else 0
+    for i in range(0, n, QUERIES):
+        lines = (_end_of(lengths + 8 * i, QUERIES, start) + 15) // 16
+        weigh(QUERIES, scratch + 4 * i * SPLIT, lengths + 8 * i, start, lines, scales, value_scales,
+              states + i * stride, value_stride)  # fmt: skip
+    for first in range(0, longest, BLOCK):
+        numbers = min(longest - first, BLOCK) * value_stride
+        at = values + first * value_stride * kv_bytes
+        if kv_bytes == 1:
+            widen_i8(at, numbers, block)
+        else:
+            widen_f16(at, numbers, block)
+        for i in range(0, n, QUERIES):
+            end = min(_end_of(lengths + 8 * i, QUERIES, start) - first, BLOCK)
+            if end > 0:
+                weights = scratch + 4 * (i * SPLIT + first)
+                mix_many(weights, block, value_stride, end, states + i * stride + OUTPUT, stride)
+
+
+KERNELS = {"pass_one": pass_one, "pass_few": pass_few, "pass_many": pass_many, "store": store}
+"""What is called by address, by field of the plan."""
+
+
+@vector_intrinsic(types.void, *[ADDRESS] * 14)
+def call_pass(b, address, q, n, lengths, start, keys, values, key_scales, value_scales, kv_bytes, head_dim,
+              value_stride, states, scratch):  # fmt: skip
+    """Call `pass_one` or `pass_many` by its address."""
+    emit_native_call(b, address, q, n, lengths, start, keys, values, key_scales, value_scales, kv_bytes, head_dim,
+                     value_stride, states, scratch)  # fmt: skip
+
+
+@vector_intrinsic(types.void, *[ADDRESS] * 16)
+def call_store(b, address, k, v, apart, cos, sin, tokens, position, keys, values, key_scales, value_scales, kv_bytes,
+               head_dim, value_stride, scratch):  # fmt: skip
+    """Call `store` by its address."""
+    emit_native_call(b, address, k, v, apart, cos, sin, tokens, position, keys, values, key_scales, value_scales,
+                     kv_bytes, head_dim, value_stride, scratch)  # fmt: skip
+
+
+@kernel
+def _head_cache(p, layer, slot, head):
+    """Addresses of one KV head's keys, values and their scales (which are nowhere if the cache is float16)."""
+    scales = slot * p.scale_slot_bytes + head * p.scale_head_bytes
+    return (
+        layer.keys + slot * p.key_slot_bytes + head * p.key_head_bytes,
+        layer.values + slot * p.value_slot_bytes + head * p.value_head_bytes,
+        layer.key_scales + scales,
+        layer.value_scales + scales,
+    )
+
+
+@kernel
+def _run(p, first, end):
+    """How many tokens from `first` on, before `end`, are of one slot."""
+    slot = load_i64(p.slots + 8 * first)
+    n = int64(1)
+    while first + n < end and load_i64(p.slots + 8 * (first + n)) == slot:
+        n += 1
+    return n
+
+
+@kernel
+def _splits_of(p, t):
+    """How many splits token `t` sees."""
+    return load_i64(p.positions + 8 * t) // SPLIT + 1
+
+
+@kernel
+def _store_tokens(p, layer, head, first, tokens, scratch):
+    """Keys and values of one head of tokens at neighbouring positions of one slot."""
+    keys, values, key_scales, value_scales = _head_cache(p, layer, load_i64(p.slots + 8 * first), head)
+    row = p.qkv + first * p.qkv_stride + 4 * head * p.head_dim
+    angle = first * (p.head_dim // 2) * 4
+    call_store(p.store, row + p.k_column, row + p.v_column, p.qkv_stride, p.cos + angle, p.sin + angle, tokens,
+               load_i64(p.positions + 8 * first), keys, values, key_scales, value_scales, p.kv_bytes, p.head_dim,
+               p.value_stride, scratch + p.pass_scratch)  # fmt: skip
+
+
+@kernel
+def store_all(p, counter, layer, scratch):
+    """Keys and values of all tokens into the cache; a piece of work is one KV head and a line of positions."""
+    before = load_i64(p.positions) % LINE_POSITIONS
+    pieces = (before + p.n_tokens + LINE_POSITIONS - 1) // LINE_POSITIONS
+    while True:
+        work = fetch_add(counter, 1)
+        if work >= pieces * p.n_kv_heads:
+            return
+        piece, head = work // p.n_kv_heads, work % p.n_kv_heads
+        t = max(piece * LINE_POSITIONS - before, 0)
+        end = min((piece + 1) * LINE_POSITIONS - before, p.n_tokens)
+        while t < end:
+            of_slot, position = _run(p, t, end), load_i64(p.positions + 8 * t)
+            n = int64(1)
+            while n < of_slot and load_i64(p.positions + 8 * (t + n)) == position + n:
+                n += 1
+            _store_tokens(p, layer, head, t, n, scratch)
+            t += n
+
+
+@kernel
+def _prepare_queries(p, head, first, tokens, scratch):
+    """Rotate and scale the queries of a run of tokens that share a KV head; their number, and the longest length."""
+    shared, half = p.n_heads // p.n_kv_heads, p.head_dim // 2
+    n, longest = int64(0), int64(0)
+    for t in range(first, first + tokens):
+        length = load_i64(p.positions + 8 * t) + 1
         longest = max(longest, length)
-        _start(total + i * state_bytes, value_stride)
-    for split in range(0, longest, SPLIT):
-        for i in range(queries):
-            _start(running + i * state_bytes, value_stride)
-        for block in range(split, min(split + SPLIT, longest), BLOCK):
-            at = keys + block * head_dim * p.kv_bytes
-            if queries == 1:
-                call_scores(p.scores_one, q, q_stride, at, head_dim, scores)
-            else:
-                call_scores(p.scores_four, q, q_stride, at, head_dim, scores)
-                call_scores(p.scores_four, q, q_stride, at + 32 * head_dim * p.kv_bytes, head_dim, scores + 128)
-            positions = min(longest - block, BLOCK)
-            for i in range(queries):
-                block_scores = scores + i * BLOCK * 4
-                valid = load_i64(lengths + 8 * i) - block
-                if valid > 0:
-                    if p.kv_bytes == 1:
-                        _scale(block_scores, key_scales + 4 * block, positions)
-                    _softmax_block(block_scores, valid, running + i * state_bytes, value_stride)
-                    if p.kv_bytes == 1:
-                        _scale(block_scores, value_scales + 4 * block, positions)
-                else:
-                    for j in range(0, BLOCK, 16):
-                        vstore(block_scores + j * 4, splat(float32(0.0)))
-            at = values + block * value_stride * p.kv_bytes
-            _mix_all(p, queries, scores, at, positions, running + _STATE_HEAD, state_bytes)
-        for i in range(queries):
-            if load_i64(lengths + 8 * i) > split:
-                _merge(total + i * state_bytes, running + i * state_bytes, value_stride)
-    for i in range(queries):
-        state = total + i * state_bytes
-        if load_i64(lengths + 8 * i) > 0:
-            to = load_i64(out + 8 * i)
-            inverse = float32(1.0) / hsum(vload(state))
-            for d in range(head_dim):
-                store_f32(to + 4 * d, load_f32(state + _STATE_HEAD + 4 * d) * inverse)
+        row = p.qkv + t * p.qkv_stride + 4 * head * shared * p.head_dim
+        angle = 4 * t * half
+        for i in range(shared):
+            out = scratch + p.queries + 4 * n * p.head_dim
+            rotate(row + 4 * i * p.head_dim, p.cos + angle, p.sin + angle, p.head_dim, p.query_scale, out)
+            store_i64(scratch + p.lengths + 8 * n, length)
+            n += 1
+    for i in range(n, (n + QUERIES - 1) // QUERIES * QUERIES):
+        store_i64(scratch + p.lengths + 8 * i, 0)
+    return n, longest
+
+
+@kernel
+def _attend_split(p, layer, slot, head, start, n, states, scratch):
+    """The states of the `n` queries in scratch after the split that begins at position `start`."""
+    keys, values, key_scales, value_scales = _head_cache(p, layer, slot, head)
+    native = p.pass_one if n == 1 else p.pass_few if n <= QUERIES else p.pass_many
+    call_pass(native, scratch + p.queries, n, scratch + p.lengths, start, keys + start * p.head_dim * p.kv_bytes,
+              values + start * p.value_stride * p.kv_bytes, key_scales + 4 * start, value_scales + 4 * start,
+              p.kv_bytes, p.head_dim, p.value_stride, states, scratch + p.pass_scratch)  # fmt: skip
+
+
+@kernel
+def _finish_token(p, head, t, states):
+    """The outputs of the queries of token `t` that share a KV head."""
+    shared = p.n_heads // p.n_kv_heads
+    out = p.attention + t * p.attention_stride + 4 * head * shared * p.head_dim
+    for i in range(shared):
+        finish(states + i * state_bytes_of(p.value_stride), p.head_dim, out + 4 * i * p.head_dim)
+
+
+@kernel
+def _attend_run(p, layer, head, first, tokens, scratch):
+    """Attention of a run of tokens of one slot with one KV head: one split after the other."""
+    slot = load_i64(p.slots + 8 * first)
+    stride = state_bytes_of(p.value_stride)
+    states, split_states = scratch + p.states, scratch + p.split_states
+    n, longest = _prepare_queries(p, head, first, tokens, scratch)
+    _attend_split(p, layer, slot, head, 0, n, states, scratch)
+    for start in range(SPLIT, longest, SPLIT):
+        _attend_split(p, layer, slot, head, start, n, split_states, scratch)
+        for i in range(n):
+            merge(states + i * stride, split_states + i * stride, p.value_stride)
+    shared = n // tokens
+    for t in range(tokens):
+        _finish_token(p, head, first + t, states + t * shared * stride)
+
+
+@kernel
+def _attend_many(p, counter, layer, scratch):
+    """Attention of many tokens: a piece of work is one KV head and a few neighbouring tokens."""
+    pieces = (p.n_tokens + p.piece_tokens - 1) // p.piece_tokens
+    while True:
+        work = fetch_add(counter, 1)
+        if work >= pieces * p.n_kv_heads:
+            return
+        # The last tokens see the most positions: they come first, so that no thread ends alone with them.
+        head, piece = work // pieces, pieces - 1 - work % pieces
+        t = piece * p.piece_tokens
+        end = min(t + p.piece_tokens, p.n_tokens)
+        while t < end:
+            tokens = _run(p, t, end)
+            _attend_run(p, layer, head, t, tokens, scratch)
+            t += tokens
+
+
+@kernel
+def _few_states(p, head, split, first):
+    """Where the states of a split are kept for a run of tokens from `first` on: whole groups of QUERIES have room."""
+    room = (p.n_heads // p.n_kv_heads + QUERIES - 1) // QUERIES * QUERIES
+    return p.few_states + ((split * p.n_kv_heads + head) * FEW_TOKENS + first) * room * state_bytes_of(p.value_stride)
+
+
+@kernel
+def _attend_few(p, counter, layer, scratch):
+    """Attention of a few tokens: a piece of work is one KV head and one split, of one sequence or of one token.
+
+    Whoever does the last piece of a head merges its splits and resets their count.
+    """
+    shared, stride = p.n_heads // p.n_kv_heads, state_bytes_of(p.value_stride)
+    splits = int64(0)
+    for t in range(p.n_tokens):
+        splits = max(splits, _splits_of(p, t))
+    # Tokens of several sequences have nothing to share.
+    size = min(p.piece_tokens, p.n_tokens) if _run(p, 0, p.n_tokens) == p.n_tokens else int64(1)
+    pieces = (p.n_tokens + size - 1) // size
+    while True:
+        work = fetch_add(counter, 1)
+        if work >= pieces * p.n_kv_heads * splits:
+            return
+        unit, split = work // splits, work % splits
+        piece, head = unit // p.n_kv_heads, unit % p.n_kv_heads
+        first, start = piece * size, split * SPLIT
+        tokens = min(size, p.n_tokens - first)
+        n, longest = _prepare_queries(p, head, first, tokens, scratch)
+        if p.n_tokens == 1 and split == splits - 1:
+            _store_tokens(p, layer, head, 0, int64(1), scratch)
+        if start < longest:
+            slot = load_i64(p.slots + 8 * first)
+            _attend_split(p, layer, slot, head, start, n, _few_states(p, head, split, first), scratch)
+        if fetch_add(p.splits_done + 8 * unit, 1) < splits - 1:
+            continue
+        atomic_store(p.splits_done + 8 * unit, 0)
+        for t in range(first, first + tokens):
+            own = (t - first) * shared * stride
+            states = _few_states(p, head, 0, first) + own
+            for later in range(1, _splits_of(p, t)):
+                later_states = _few_states(p, head, later, first) + own
+                for i in range(0, shared * stride, stride):
+                    merge(states + i, later_states + i, p.value_stride)
+            _finish_token(p, head, t, states)
+
+
+@kernel
+def attend_all(p, counter, layer, scratch):
+    """Attention of all tokens, whose keys and values are in the cache; a token alone brings its own there.
+
+    `p` and `layer` are records of the plan, `counter` (zeroed) and `scratch` addresses.
+    """
+    if p.n_tokens <= FEW_TOKENS:
+        _attend_few(p, counter, layer, scratch)
+    else:
+        _attend_many(p, counter, layer, scratch)

@@ -6,6 +6,8 @@ the few fields that change with each call. Nothing is computed here.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ...config import LlamaConfig
@@ -40,9 +42,10 @@ PLAN = _record(
     **_int64s("hidden_size intermediate_size n_layers n_heads n_kv_heads head_dim activation n_threads"),
     **_int64s("kv_bytes value_stride key_head_bytes value_head_bytes key_slot_bytes value_slot_bytes"),
     **_int64s("scale_head_bytes scale_slot_bytes"),
-    **_int64s(" ".join(attention.KERNEL_FIELDS)),
+    **_int64s(" ".join(attention.KERNELS)),
     **_int64s("x x_stride qkv qkv_stride k_column v_column attention attention_stride mlp mlp_stride"),
-    **_int64s("scratch scratch_stride normed up attention_scratch control final_norm"),
+    **_int64s("scratch scratch_stride normed up lengths queries states split_states pass_scratch control final_norm"),
+    **_int64s("piece_tokens few_states splits_done"),
     **_int64s("n_tokens tokens positions slots n_rows rows cos sin logits logits_stride"),
     embed=MATRIX,
     head=MATRIX,
@@ -86,7 +89,7 @@ class Plan:
         self.record = np.zeros(1, PLAN)
         self._fill_sizes(config, cache, n_threads)
         self._fill_weights(config, cache)
-        self._fill_buffers(config, n_threads)
+        self._fill_buffers(config, cache, n_threads)
 
     def zeros(self, nbytes: int) -> int:
         """The address of a new zeroed buffer that lives as long as the plan."""
@@ -99,7 +102,7 @@ class Plan:
         p["n_layers"], p["n_heads"] = config.num_hidden_layers, config.num_attention_heads
         p["n_kv_heads"], p["head_dim"] = config.num_key_value_heads, config.head_dim
         p["activation"], p["n_threads"] = _ACTIVATIONS[config.hidden_act], n_threads
-        p["eps"], p["query_scale"] = config.rms_norm_eps, config.head_dim**-0.5
+        p["eps"], p["query_scale"] = config.rms_norm_eps, config.head_dim**-0.5 * math.log2(math.e)
         p["kv_bytes"], p["value_stride"] = cache.element_bytes, cache.value_stride
         p["scale_head_bytes"], p["scale_slot_bytes"] = cache.scale_head_bytes, cache.scale_slot_bytes
         p["key_head_bytes"], p["value_head_bytes"] = cache.key_head_bytes, cache.value_head_bytes
@@ -118,7 +121,7 @@ class Plan:
 
     def link(self) -> None:
         """Put the addresses of tile and attention kernels into the records; compiles those that are needed."""
-        for field, native in zip(attention.KERNEL_FIELDS, attention.KERNELS[self._cache.kind], strict=True):
+        for field, native in attention.KERNELS.items():
             self.record[field] = native.address
         matrices = [self.layers[name] for name in _LAYER_MATRICES] + [self.record["head"]]
         for records in matrices:
@@ -153,7 +156,7 @@ class Plan:
                 layer[name] = self._matrix(f"{prefix}.mlp.{name}_proj", self._parts[name])
             layer["keys"], layer["values"], layer["key_scales"], layer["value_scales"] = cache.addresses(i)
 
-    def _fill_buffers(self, config: LlamaConfig, n_threads: int) -> None:
+    def _fill_buffers(self, config: LlamaConfig, cache: KVCache, n_threads: int) -> None:
         """Work buffers: rows are float32 and padded to whole groups; tokens to whole tiles."""
         p, tokens = self.record[0], self.max_tokens
         hidden = round_up(config.hidden_size, 128)
@@ -165,18 +168,22 @@ class Plan:
         p["x_stride"], p["attention_stride"], p["mlp_stride"] = 4 * hidden, 4 * attention_width, 4 * mlp_width
         p["qkv_stride"] = int(p["v_column"]) + 4 * round_up(kv, 16)
         for name in ("x", "qkv", "attention", "mlp"):
-            # Attention reads whole groups of queries, even past the last token.
-            rows = tokens + attention.QUERIES if name == "qkv" else tokens
-            p[name] = self.zeros(rows * int(p[f"{name}_stride"]))
+            p[name] = self.zeros(tokens * int(p[f"{name}_stride"]))
 
         # Each thread's scratch: codes to quantize into, a normalized row, a tile of `up`, and attention's.
         p["normed"] = 256
         p["up"] = int(p["normed"]) + 4 * hidden
-        p["attention_scratch"] = int(p["up"]) + 64 * max(UP_CELLS, UP_BLOCKS * tokens)
-        p["scratch_stride"] = round_up(
-            int(p["attention_scratch"]) + 64 + attention.scratch_bytes(self._cache.value_stride), LINE
-        )
+        end = int(p["up"]) + 64 * max(UP_CELLS, UP_BLOCKS * tokens)
+        shared = config.num_attention_heads // config.num_key_value_heads
+        for name, nbytes in attention.scratch_parts(shared, config.head_dim, cache.value_stride).items():
+            p[name] = end = round_up(end, LINE)
+            end += nbytes
+        p["scratch_stride"] = round_up(end, LINE)
         p["scratch"] = self.zeros(n_threads * int(p["scratch_stride"]))
+        p["piece_tokens"] = attention.piece_tokens(shared)
+        few_states = attention.few_states_bytes(config.num_key_value_heads, shared, cache.n_ctx, cache.value_stride)
+        p["few_states"] = self.zeros(few_states)
+        p["splits_done"] = self.zeros(8 * attention.FEW_TOKENS * config.num_key_value_heads)
 
         head_is_f16 = int(p["head"]["bits"]) == 16
         # Packs of one and of two parts, and of both sizes of tile, are never in use at once: they share the buffers.

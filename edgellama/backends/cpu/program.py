@@ -3,34 +3,20 @@
 Each thread calls `forward` with its rank. Shared work is handed out in chunks by atomic counters, and a
 barrier separates what depends on each other's results. One token is packed by each thread for itself,
 which is cheaper than waiting; several are shared out. Nothing here knows how a matrix is multiplied
-(`matmul`), how attention streams the cache (`attention`), or what the tables are made from (`plan`).
+(`matmul`), how attention goes through the cache (`attention`), or what the tables are made from (`plan`).
 """
 
 from __future__ import annotations
 
-from numba import float32, int64
+from numba import int64
 
-from .attention import QUERIES, attend
+from .attention import attend_all, store_all
 from .jit import entry_point, kernel
 from .matmul import claim, multiply, multiply_blocks, multiply_three
 from .plan import BARRIER, CANCEL, COUNTERS, DECISION, UP_BLOCKS, UP_CELLS, WORK_PER_CALL, WORK_PER_LAYER
-from .simd import load_i32, load_i64, store_i64
+from .simd import load_i32
 from .sync import LINE, atomic_load, atomic_store, barrier, fetch_add
-from .vector_ops import (
-    embed,
-    gate,
-    pack_row,
-    pack_row_f32,
-    rms_norm,
-    rotate,
-    store_key,
-    store_key_int8,
-    store_value,
-    store_value_int8,
-)
-
-ATTENTION_TOKENS = 16
-"""Tokens of one piece of attention work in prefill."""
+from .vector_ops import embed, gate, pack_row, pack_row_f32, rms_norm
 
 
 @entry_point
@@ -65,7 +51,7 @@ def forward(plans, layers, packs, rank):
         if rank == 0:
             clear(other, WORK_PER_LAYER)
         if not one:
-            rotate_and_store_all(p, counter + 2 * LINE, layer)
+            store_all(p, counter + 2 * LINE, layer, scratch)
             barrier(words, p.n_threads)
         attend_all(p, counter + 3 * LINE, layer, scratch)
         barrier(words, p.n_threads)
@@ -148,99 +134,6 @@ def pack_one(p, pack, row, norm, groups, tile, t, scratch):
         rms_norm(row, norm, p.hidden_size, groups * 128, p.eps, scratch + p.normed)
         row = scratch + p.normed
     pack_row(row, groups, pack, tile, t, scratch)
-
-
-@kernel
-def rotate_and_store(p, layer, t, head):
-    """RoPE on one KV head's key and its queries; key and value go into the cache."""
-    row = p.qkv + t * p.qkv_stride
-    half = p.head_dim // 2
-    cos, sin = p.cos + t * half * 4, p.sin + t * half * 4
-    shared = p.n_heads // p.n_kv_heads
-    for i in range(shared):
-        rotate(row + (head * shared + i) * p.head_dim * 4, cos, sin, p.head_dim, p.query_scale)
-    k = row + p.k_column + head * p.head_dim * 4
-    rotate(k, cos, sin, p.head_dim, float32(1.0))
-    v = row + p.v_column + head * p.head_dim * 4
-    slot, position = load_i64(p.slots + 8 * t), load_i64(p.positions + 8 * t)
-    keys, values, key_scales, value_scales = head_cache(p, layer, slot, head)
-    if p.kv_bytes == 1:
-        store_key_int8(k, keys, key_scales, position, p.head_dim)
-        store_value_int8(v, values, value_scales, position, p.head_dim, p.value_stride)
-    else:
-        store_key(k, keys, position, p.head_dim)
-        store_value(v, values, position, p.head_dim, p.value_stride)
-
-
-@kernel
-def head_cache(p, layer, slot, head):
-    """Addresses of one KV head's keys, values and their scales (which are nowhere if the cache is float16)."""
-    scales = slot * p.scale_slot_bytes + head * p.scale_head_bytes
-    return (
-        layer.keys + slot * p.key_slot_bytes + head * p.key_head_bytes,
-        layer.values + slot * p.value_slot_bytes + head * p.value_head_bytes,
-        layer.key_scales + scales,
-        layer.value_scales + scales,
-    )
-
-
-@kernel
-def rotate_and_store_all(p, counter, layer):
-    """`rotate_and_store` for all tokens and KV heads."""
-    while True:
-        t = fetch_add(counter, 1)
-        if t >= p.n_tokens:
-            return
-        for head in range(p.n_kv_heads):
-            rotate_and_store(p, layer, t, head)
-
-
-@kernel
-def attend_all(p, counter, layer, scratch):
-    """Attention of all tokens: a piece of work is one KV head and a few neighbouring tokens."""
-    pieces = (p.n_tokens + ATTENTION_TOKENS - 1) // ATTENTION_TOKENS
-    while True:
-        work = fetch_add(counter, 1)
-        if work >= pieces * p.n_kv_heads:
-            return
-        # The last tokens see the most positions: they come first, so that no thread ends alone with them.
-        piece, head = pieces - 1 - work // p.n_kv_heads, work % p.n_kv_heads
-        first = piece * ATTENTION_TOKENS
-        if p.n_tokens == 1:
-            rotate_and_store(p, layer, 0, head)
-        attend_tokens(p, layer, head, first, min(first + ATTENTION_TOKENS, p.n_tokens), scratch)
-
-
-@kernel
-def attend_tokens(p, layer, head, first, end, scratch):
-    """Attention of tokens first..end-1 with one KV head, QUERIES queries of one slot at a time."""
-    shared = p.n_heads // p.n_kv_heads
-    lengths, outs = scratch + p.attention_scratch, scratch + p.attention_scratch + 8 * QUERIES
-    own = outs + 8 * QUERIES
-    # Queries of consecutive tokens are qkv_stride apart, those of one token head_dim: a pass takes one kind.
-    across_tokens = shared == 1
-    step = int64(QUERIES) if across_tokens else int64(1)
-    t = first
-    while t < end:
-        slot = load_i64(p.slots + 8 * t)
-        tokens = int64(1)
-        while tokens < step and t + tokens < end and load_i64(p.slots + 8 * (t + tokens)) == slot:
-            tokens += 1
-        keys, values, key_scales, value_scales = head_cache(p, layer, slot, head)
-        for query in range(0, shared, QUERIES):
-            n = tokens if across_tokens else min(int64(QUERIES), shared - query)
-            column = (head * shared + query) * p.head_dim * 4
-            for i in range(QUERIES):
-                token, offset = (t + i, column) if across_tokens else (t, column + i * p.head_dim * 4)
-                length = load_i64(p.positions + 8 * token) + 1 if i < n else int64(0)
-                store_i64(lengths + 8 * i, length)
-                store_i64(outs + 8 * i, p.attention + token * p.attention_stride + offset)
-            # Missing queries are read (the buffer has room) and left out; one query alone has a kernel of its own.
-            queries = int64(1) if n == 1 else int64(QUERIES)
-            q = p.qkv + t * p.qkv_stride + column
-            apart = p.qkv_stride if across_tokens else p.head_dim * 4
-            attend(p, queries, q, apart, lengths, keys, values, key_scales, value_scales, outs, own)
-        t += tokens
 
 
 @kernel

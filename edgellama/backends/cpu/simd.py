@@ -72,6 +72,13 @@ def emit_store(builder, value, address, align: int) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
+def emit_prefetch(builder, address) -> None:
+    """Ask for the cache line at an address, which may be no memory at all; nothing waits."""
+    read, keep, data = I32(0), I32(3), I32(1)
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, read, keep, data])
+
+
 def emit_offset(builder, address, *terms):
     """address + the sum of terms, each an int, an IR value, or a (value, int) product."""
     for term in terms:
@@ -379,6 +386,40 @@ def splat(b, x):
     return emit_splat(b, x)
 
 
+@vector_intrinsic(types.void, ADDRESS, ADDRESS, f32x16)
+def vscatter_f16(b, a, stride, v):
+    """Lane i as float16 to a + i * stride (bytes); rounded as by `vstore_f16`."""
+    half = emit_to_f16(b, v)
+    for i in range(16):
+        emit_store(b, b.extract_element(half, I32(i)), emit_offset(b, a, (stride, i)), 2)
+
+
+@vector_intrinsic(types.void, ADDRESS, ADDRESS, i32x16)
+def vscatter_i8(b, a, stride, v):
+    """The low byte of lane i to a + i * stride (bytes)."""
+    low = b.trunc(v, ir.VectorType(I8, 16))
+    for i in range(16):
+        emit_store(b, b.extract_element(low, I32(i)), emit_offset(b, a, (stride, i)), 1)
+
+
+@vector_intrinsic(types.void, ADDRESS, ADDRESS, ADDRESS)
+def transpose(b, a, stride, to):
+    """float32 [16][16]: row i at a + i * stride (bytes) becomes column i of the matrix at `to`."""
+    rows = [emit_load(b, emit_offset(b, a, (stride, i)), V_F32, 4) for i in range(16)]
+    # Four rounds, each of which exchanges blocks of half the size across the diagonal.
+    for size in (8, 4, 2, 1):
+        index = range(16)
+        upper = [i if i & size == 0 else 16 + i - size for i in index]
+        lower = [i + size if i & size == 0 else 16 + i for i in index]
+        kind = ir.VectorType(I32, 16)
+        upper, lower = ir.Constant(kind, upper), ir.Constant(kind, lower)
+        for i in (i for i in index if i & size == 0):
+            x, y = rows[i], rows[i + size]
+            rows[i], rows[i + size] = b.shuffle_vector(x, y, upper), b.shuffle_vector(x, y, lower)
+    for i, row in enumerate(rows):
+        emit_store(b, row, emit_offset(b, to, 64 * i), 4)
+
+
 @vector_intrinsic(f32x16, f32x16, f32x16)
 def vadd(b, x, y):
     return b.fadd(x, y)
@@ -509,3 +550,28 @@ def emit_exp(b, x):
 @vector_intrinsic(f32x16, f32x16)
 def vexp(b, x):
     return emit_exp(b, x)
+
+
+def emit_exp2(b, x):
+    """2**x for x <= 0, within 3 ulp; exactly 1 at 0, exactly 0 below -126 (and at -inf).
+
+    x = n + r with |r| <= 1/2; 2**r by a minimax polynomial of degree 5. Adding 1.5 * 2**23 rounds x to the whole number
+    n and leaves n in the low bits, from where a shift takes it into the exponent.
+    """
+
+    def const(value):
+        return ir.Constant(V_F32, [value] * 16)
+
+    shifted = b.fadd(x, const(12582912.0))
+    r = b.fsub(x, b.fsub(shifted, const(12582912.0)))
+    p = const(1.3269406045e-3)
+    for c in (9.6712941304e-3, 5.5507112294e-2, 2.4022246897e-1, 6.9314700365e-1, 1.0):
+        p = emit_fma(b, p, r, const(c))
+    exponent = b.shl(b.bitcast(shifted, V_I32), ir.Constant(V_I32, [23] * 16))
+    power = b.bitcast(b.add(b.bitcast(p, V_I32), exponent), V_F32)
+    return b.select(b.fcmp_ordered(">=", x, const(-126.0)), power, const(0.0))
+
+
+@vector_intrinsic(f32x16, f32x16)
+def vexp2(b, x):
+    return emit_exp2(b, x)

@@ -1,4 +1,4 @@
-"""Which dot-product instruction the code that Numba compiles may use, and the tiles that suit it.
+"""Which dot-product instruction the code that Numba compiles may use, and the loops that suit it.
 
 Numba compiles for the host, or for what `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` say; this module asks
 Numba, never the hardware, so a test can run every x86 path on one machine. It knows nothing of kernels.
@@ -31,6 +31,7 @@ class Target(NamedTuple):
     float16: bool  # instructions convert to and from float16; without them LLVM would call a missing library
     few_columns: int
     many_columns: int
+    attention_lines: int  # vectors of 16 keys or values that four queries share in registers (see `attention_loops`)
     amx: bool = False  # matrix instructions for int8 (see `amx`)
 
 
@@ -48,14 +49,14 @@ def choose(arch: str, cpu_name: str, features: str) -> Target:
 
     if arch in ("x86_64", "amd64"):
         if can("avx512vnni", _VNNI_512) and can("avx512bw", _VNNI_512):
-            return Target("avx512vnni", True, 8, 16, can("amx-int8", _AMX) and can("amx-tile", _AMX))
+            return Target("avx512vnni", True, 8, 16, 4, can("amx-int8", _AMX) and can("amx-tile", _AMX))
         if can("avxvnni", _VNNI_256) and can("f16c", _VNNI_256):
-            return Target("avxvnni", True, 4, 4)
+            return Target("avxvnni", True, 4, 4, 1)
         if can("avx2", _VNNI_512 + _VNNI_256 + _AVX2) and can("f16c", _VNNI_512 + _VNNI_256 + _AVX2):
-            return Target("avx2", True, 4, 4)
+            return Target("avx2", True, 4, 4, 1)
     if arch in ("aarch64", "arm64") and ("dotprod" in has or cpu_name.startswith("apple-")):
-        return Target("neon", True, 4, 4)
-    return Target("plain", arch in ("aarch64", "arm64"), 4, 4)
+        return Target("neon", True, 4, 4, 1)
+    return Target("plain", arch in ("aarch64", "arm64"), 4, 4, 1)
 
 
 def numba_target() -> Target:

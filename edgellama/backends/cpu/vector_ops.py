@@ -1,4 +1,4 @@
-"""What happens to one token's vector between the matrices: embed, normalize, pack, rotate, activate.
+"""What happens to one token's vector between the matrices: embed, normalize, pack, activate.
 
 Rows are float32 at integer addresses; a row of `n` values lies in a buffer that is zero up to the next
 multiple of 128, and stays so. Each row is computed by one thread in one fixed order. Knows nothing of
@@ -23,9 +23,7 @@ from .simd import (
     load_u8,
     round_i32,
     splat,
-    store_f16,
     store_f32,
-    store_i8,
     store_i32,
     vabs,
     vadd,
@@ -143,61 +141,6 @@ def pack_row_f32(x, groups, pack, index, t):
     values = pack.values + 4 * (index * groups * 128 * tile + t)
     for i in range(groups * 128):
         store_f32(values + 4 * i * tile, load_f32(x + 4 * i))
-
-
-@kernel
-def rotate(x, cos, sin, head_dim, factor):
-    """RoPE in place, half-split as in Hugging Face's Llama (no interleaving), then times `factor`."""
-    half = head_dim // 2
-    for i in range(half):
-        c, s = load_f32(cos + 4 * i), load_f32(sin + 4 * i)
-        low, high = load_f32(x + 4 * i), load_f32(x + 4 * (half + i))
-        store_f32(x + 4 * i, (low * c - high * s) * factor)
-        store_f32(x + 4 * (half + i), (high * c + low * s) * factor)
-
-
-@kernel
-def store_key(k, cache, position, head_dim):
-    """Write one head's key at `position`: float16 [positions/16][head_dim][16], so that lane = position."""
-    to = cache + position // 16 * head_dim * 32 + position % 16 * 2
-    for i in range(head_dim):
-        store_f16(to + i * 32, load_f32(k + 4 * i))
-
-
-@kernel
-def store_value(v, cache, position, head_dim, stride):
-    """Write one head's value at `position`: float16 [positions][stride]."""
-    to = cache + position * stride * 2
-    for i in range(head_dim):
-        store_f16(to + i * 2, load_f32(v + 4 * i))
-
-
-@kernel
-def _int8_scale(x, n, scales, position):
-    """Store absmax / 127 at the position's scale; the factor that makes codes of x."""
-    top = float32(0.0)
-    for i in range(n):
-        top = max(top, abs(load_f32(x + 4 * i)))
-    store_f32(scales + 4 * position, top / float32(127.0))
-    return float32(127.0) / top if top > float32(1e-30) else float32(0.0)
-
-
-@kernel
-def store_key_int8(k, cache, scales, position, head_dim):
-    """`store_key` as int8 with a float32 scale for the position."""
-    factor = _int8_scale(k, head_dim, scales, position)
-    to = cache + position // 16 * head_dim * 16 + position % 16
-    for i in range(head_dim):
-        store_i8(to + i * 16, load_f32(k + 4 * i) * factor)
-
-
-@kernel
-def store_value_int8(v, cache, scales, position, head_dim, stride):
-    """`store_value` as int8 with a float32 scale for the position."""
-    factor = _int8_scale(v, head_dim, scales, position)
-    to = cache + position * stride
-    for i in range(head_dim):
-        store_i8(to + i, load_f32(v + 4 * i) * factor)
 
 
 @kernel
