@@ -47,6 +47,7 @@ def expected(source, tmp_path_factory):
 
 
 def kill_at_random_moments(source, expected, folder, times, seed):
+    """Moments are spread over a conversion's duration, which is taken anew whenever one ends before its moment."""
     out = folder / "m.edgellama"
     started = time.perf_counter()
     assert os.waitpid(in_child(source, folder / "timed"), 0)[1] == 0
@@ -58,10 +59,17 @@ def kill_at_random_moments(source, expected, folder, times, seed):
         old = i % 2 == 1
         if old:
             out.write_bytes(expected["rtn"])
-        pid = in_child(source, out)
-        time.sleep(moments.uniform(0, 1.1 * duration))
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
+        pid, started = in_child(source, out), time.perf_counter()
+        moment = started + moments.uniform(0, 1.1 * duration)
+        status = None
+        while status is None and time.perf_counter() < moment:
+            time.sleep(0.001)
+            ended, code = os.waitpid(pid, os.WNOHANG)
+            if ended:  # too early to kill: the machine is faster now than when it was timed
+                status, duration = code, time.perf_counter() - started
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
         killed += os.WIFSIGNALED(status)
         if out.exists():
             assert out.read_bytes() in ([expected["rtn"]] if old else []) + [expected["search"]]
