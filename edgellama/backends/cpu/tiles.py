@@ -59,53 +59,49 @@ STEP = 32
 """Inputs that an inner loop takes at a time."""
 
 
-def _cells(b, kind, tokens: int, blocks: int):
-    """Accumulators [block][token], zeroed; LLVM keeps them in registers."""
-    cells = [[cgutils.alloca_once(b, kind) for _ in range(tokens)] for _ in range(blocks)]
+def _cells(b, kind, n: int):
+    """`n` accumulators, zeroed; LLVM keeps them in registers."""
+    cells = [cgutils.alloca_once(b, kind) for _ in range(n)]
     zero = ir.Constant(kind, [0] * 16 if kind is V_I32 else [0.0] * 16)
-    for row in cells:
-        for cell in row:
-            b.store(zero, cell)
+    for cell in cells:
+        b.store(zero, cell)
     return cells
 
 
-def _emit_over(b, tiles, blocks, step: int, emit_one_step):
-    """emit_one_step(token tile, first block, number of blocks) for all: `step` row blocks at a time, then one."""
-    whole = b.mul(b.udiv(blocks, I64(step)), I64(step))
-    with cgutils.for_range(b, tiles) as loop:
-        with cgutils.for_range_slice(b, I64(0), whole, I64(step), inc=True) as (first, _):
-            emit_one_step(loop.index, first, step)
-        if step > 1:
-            with cgutils.for_range_slice(b, whole, blocks, I64(1), inc=True) as (first, _):
-                emit_one_step(loop.index, first, 1)
+def _emit_over(b, tiles, blocks, emit_one):
+    """emit_one(token tile, row block) for all."""
+    with cgutils.for_range(b, tiles) as tile, cgutils.for_range(b, blocks) as block:
+        emit_one(tile.index, block.index)
 
 
-def _emit_epilogue(b, acc, bias, out, out_stride, add, first) -> None:
-    """out[token][row] = acc + bias, or += where `add` is not 0; rows from block `first` on."""
+def _emit_epilogue(b, acc, bias, out, out_stride, add, block) -> None:
+    """out[token][row] = acc[token] + bias, or += where `add` is not 0; the rows of `block`."""
     adds, biased = (b.icmp_signed("!=", flag, I64(0)) for flag in (add, bias))
-    for r, row in enumerate(acc):
-        with b.if_then(biased):
-            extra = emit_load(b, emit_offset(b, bias, (first, 64), 64 * r), V_F32, 4)
-            for cell in row:
-                b.store(b.fadd(b.load(cell), extra), cell)
-        for t, cell in enumerate(row):
-            address = emit_offset(b, out, (out_stride, t), (first, 64), 64 * r)
-            with b.if_then(adds):
-                b.store(b.fadd(b.load(cell), emit_load(b, address, V_F32, 4)), cell)
-            emit_store(b, b.load(cell), address, 4)
+    with b.if_then(biased):
+        extra = emit_load(b, emit_offset(b, bias, (block, 64)), V_F32, 4)
+        for cell in acc:
+            b.store(b.fadd(b.load(cell), extra), cell)
+    for t, cell in enumerate(acc):
+        address = emit_offset(b, out, (out_stride, t), (block, 64))
+        with b.if_then(adds):
+            b.store(b.fadd(b.load(cell), emit_load(b, address, V_F32, 4)), cell)
+        emit_store(b, b.load(cell), address, 4)
 
 
 def _int4(parts: int, tokens: int):
-    return _integers(4, parts, tokens, 1)
+    return _integers(4, parts, tokens)
 
 
 def _int8(parts: int, tokens: int):
-    # Two streams of weights: one alone does not keep the memory busy, a line of codes is used up too soon.
-    return _integers(8, parts, tokens, 2 if tokens == 1 else 1)
+    return _integers(8, parts, tokens)
 
 
-def _integers(bits: int, parts: int, tokens: int, step: int):
-    """What emits a kernel for weights of `bits` bits, `step` row blocks at a time."""
+def _integers(bits: int, parts: int, tokens: int):
+    """What emits a kernel for weights of `bits` bits, one row block at a time.
+
+    One stream of weights: with two row blocks side by side the prefetcher starts anew at the end of each pair (int8,
+    576 inputs: 19 GB/s a core with two, 31 with one).
+    """
     if TARGET.amx and tokens == SIZES[parts][-1]:
         return amx.integers(bits, parts)
     zero = -8 if bits == 4 else INT8_ZERO_IN_DOT
@@ -117,23 +113,18 @@ def _integers(bits: int, parts: int, tokens: int, step: int):
     def tile(b, weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
         groups = _groups(b, inputs)
 
-        def one_step(index, first, count: int):
-            x_group = b.mul(index, groups)
-            total, sums = _cells(b, V_F32, tokens, count), _cells(b, V_I32, columns, count)
-            first_group = b.mul(first, groups)
-            block_weights = [
-                emit_offset(b, weights, (first_group, group_bytes), (groups, group_bytes * r)) for r in range(count)
-            ]
-            block_scales = [emit_offset(b, scales, (first_group, 32), (groups, 32 * r)) for r in range(count)]
+        def one_block(index, block):
+            x_group, first_group = b.mul(index, groups), b.mul(block, groups)
+            total = _cells(b, V_F32, tokens)
+            sums = _cells(b, V_I32, columns)
             with cgutils.for_range(b, groups) as group_loop:
                 g = group_loop.index
-                x_at = b.add(x_group, g)
+                x_at, w_at = b.add(x_group, g), b.add(first_group, g)
                 group_sums = emit_offset(b, x_sums, (x_at, 4 * columns))
                 for c in range(columns):
                     start = b.mul(emit_load(b, emit_offset(b, group_sums, 4 * c), I32, 4), I32(zero))
-                    for r in range(count):
-                        b.store(emit_splat(b, start), sums[r][c])
-                group_weights = [emit_offset(b, w, (g, group_bytes)) for w in block_weights]
+                    b.store(emit_splat(b, start), sums[c])
+                group_weights = emit_offset(b, weights, (w_at, group_bytes))
                 group_codes = emit_offset(b, codes, (x_at, 128 * columns))
                 steps = I64(128 // STEP)
                 if tokens == SIZES[parts][-1]:
@@ -142,28 +133,25 @@ def _integers(bits: int, parts: int, tokens: int, step: int):
                 with cgutils.for_range(b, steps) as loop:
                     step_codes = emit_offset(b, group_codes, (loop.index, STEP * columns))
                     for n in range(lines):
-                        for r in range(count):
-                            at = emit_offset(b, group_weights[r], (loop.index, 64 * lines), 64 * n)
-                            line = emit_load(b, at, V_I8, 64)
-                            words = emit_nibbles(b, line) if bits == 4 else (line,)
-                            for i, w in enumerate(words, n * len(words)):
-                                for c in range(columns):
-                                    x = emit_broadcast_i32(b, emit_offset(b, step_codes, 4 * (columns * i + c)))
-                                    b.store(dot(b, b.load(sums[r][c]), w, b.bitcast(x, V_I8)), sums[r][c])
-                for r in range(count):
-                    scale = emit_load_f16(b, emit_offset(b, block_scales[r], (g, 32)))
-                    for t in range(tokens):
-                        x_scale = emit_broadcast_f32(b, emit_offset(b, x_scales, (x_at, 4 * tokens), 4 * t))
-                        exact = b.load(sums[r][t])
-                        if parts == 2:
-                            high = b.shl(exact, ir.Constant(V_I32, [LOW_BITS] * 16))
-                            exact = b.add(high, b.load(sums[r][tokens + t]))
-                        value = emit_fma(b, b.sitofp(exact, V_F32), b.fmul(scale, x_scale), b.load(total[r][t]))
-                        b.store(value, total[r][t])
+                        line = emit_load(b, emit_offset(b, group_weights, (loop.index, 64 * lines), 64 * n), V_I8, 64)
+                        words = emit_nibbles(b, line) if bits == 4 else (line,)
+                        for i, w in enumerate(words, n * len(words)):
+                            for c in range(columns):
+                                x = emit_broadcast_i32(b, emit_offset(b, step_codes, 4 * (columns * i + c)))
+                                b.store(dot(b, b.load(sums[c]), w, b.bitcast(x, V_I8)), sums[c])
+                scale = emit_load_f16(b, emit_offset(b, scales, (w_at, 32)))
+                for t in range(tokens):
+                    x_scale = emit_broadcast_f32(b, emit_offset(b, x_scales, (x_at, 4 * tokens), 4 * t))
+                    exact = b.load(sums[t])
+                    if parts == 2:
+                        high = b.shl(exact, ir.Constant(V_I32, [LOW_BITS] * 16))
+                        exact = b.add(high, b.load(sums[tokens + t]))
+                    value = emit_fma(b, b.sitofp(exact, V_F32), b.fmul(scale, x_scale), b.load(total[t]))
+                    b.store(value, total[t])
             to = emit_offset(b, out, b.mul(b.mul(index, I64(tokens)), out_stride))
-            _emit_epilogue(b, total, bias, to, out_stride, add, first)
+            _emit_epilogue(b, total, bias, to, out_stride, add, block)
 
-        _emit_over(b, tiles, blocks, step, one_step)
+        _emit_over(b, tiles, blocks, one_block)
 
     return tile
 
@@ -179,9 +167,9 @@ def _f16(parts: int, tokens: int):
     def tile(b, weights, scales, bias, values, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
         groups = _groups(b, inputs)
 
-        def some_tokens(index, first, start: int, count: int):
-            acc = _cells(b, V_F32, partial, count)
-            row_weights = emit_offset(b, weights, (b.mul(first, groups), 128 * 32))
+        def some_tokens(index, block, start: int, count: int):
+            acc = [_cells(b, V_F32, partial) for _ in range(count)]
+            row_weights = emit_offset(b, weights, (b.mul(block, groups), 128 * 32))
             tile_values = emit_offset(b, values, (b.mul(index, groups), 128 * 4 * tokens))
             with cgutils.for_range(b, b.udiv(inputs, I64(partial))) as loop:
                 for p in range(partial):
@@ -194,13 +182,13 @@ def _f16(parts: int, tokens: int):
                 s = [b.load(c) for c in cells]
                 b.store(b.fadd(b.fadd(s[0], s[1]), b.fadd(s[2], s[3])), cells[0])
             to = emit_offset(b, out, b.mul(b.add(b.mul(index, I64(tokens)), I64(start)), out_stride))
-            _emit_epilogue(b, [[cells[0] for cells in acc]], bias, to, out_stride, add, first)
+            _emit_epilogue(b, [cells[0] for cells in acc], bias, to, out_stride, add, block)
 
-        def one_step(index, first, _count: int):
+        def one_block(index, block):
             for start in range(0, tokens, 4):
-                some_tokens(index, first, start, min(4, tokens - start))
+                some_tokens(index, block, start, min(4, tokens - start))
 
-        _emit_over(b, tiles, blocks, 1, one_step)
+        _emit_over(b, tiles, blocks, one_block)
 
     return tile
 
