@@ -32,7 +32,7 @@ def run_pack(x, groups, pack, tokens, scratch):
 
 @kernel
 def run_multiply(counter, matrix, pack, n_tokens, out, stride, add):
-    matmul.multiply(counter, 1, matrix[0], pack[0], n_tokens, out, stride, add)
+    matmul.multiply(counter, 1, 0, matrix[0], pack[0], n_tokens, out, stride, add)
 
 
 class Product:
@@ -171,26 +171,43 @@ def test_extreme_codes_do_not_saturate(bits, parts):
 
 
 @kernel
-def run_claim(counter, n_threads, total, out):
+def run_claim(counter, n_threads, rank, total, out):
     for i in range(len(out)):
-        out[i, 0], out[i, 1] = matmul.claim(counter, n_threads, total)
+        out[i, 0], out[i, 1] = matmul.claim(counter, n_threads, rank, total)
+
+
+def claims(counter: np.ndarray, n_threads: int, rank: int, total: int, most: int) -> np.ndarray:
+    """The next `most` pieces that one thread gets, those that are not empty."""
+    pieces = np.zeros((most, 2), np.int64)
+    run_claim(counter.ctypes.data, n_threads, rank, total, pieces)
+    return pieces[pieces[:, 0] < pieces[:, 1]]
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 16, 200])
 @pytest.mark.parametrize("total", [1, 2, 36, 100, 8000])
 def test_claims_share_out_everything_once(n_threads, total):
-    """In order, without gaps, then nothing; the first ones are large, the last ones single."""
-    counter, pieces = np.zeros(1, np.int64), np.zeros((total + 3, 2), np.int64)
-    run_claim(counter.ctypes.data, n_threads, total, pieces)
-    n = int((pieces[:, 0] < pieces[:, 1]).sum())
-    assert pieces[0, 0] == 0
-    assert (pieces[1:n, 0] == pieces[: n - 1, 1]).all()
-    assert pieces[n - 1, 1] == total
-    assert (pieces[n:, 0] >= pieces[n:, 1]).all()
-    sizes = pieces[:n, 1] - pieces[:n, 0]
-    assert sizes[0] == max(1, (total + 1) // 2 // n_threads)
-    assert sizes[-1] == 1
-    assert n <= n_threads * (2 + np.log2(total))
+    """One thread alone gets its own range, one stretch, and then everybody else's; after that nothing."""
+    counter = np.zeros(8 * n_threads, np.int64)
+    rank = n_threads // 2
+    pieces = claims(counter, n_threads, rank, total, total + 3)
+    covered = np.concatenate([np.arange(first, end) for first, end in pieces])
+    assert sorted(covered) == list(range(total))
+    own = range(total * rank // n_threads, total * (rank + 1) // n_threads)
+    assert list(covered[: len(own)]) == list(own)
+    assert len(pieces) <= n_threads * 2 * matmul.PIECES
+    assert len(claims(counter, n_threads, 0, total, 3)) == 0
+
+
+def test_claims_in_turn_never_overlap():
+    """Threads of unequal speed: each piece is given out once, and the fast thread takes most of them."""
+    total, n_threads = 1000, 3
+    counter, taken = np.zeros(8 * n_threads, np.int64), []
+    while True:
+        round_taken = [claims(counter, n_threads, rank, total, count) for rank, count in enumerate((5, 1, 1))]
+        taken += [np.arange(first, end) for pieces in round_taken for first, end in pieces]
+        if not any(len(pieces) for pieces in round_taken):
+            break
+    assert sorted(np.concatenate(taken)) == list(range(total))
 
 
 def digest() -> str:

@@ -16,7 +16,7 @@ from numba import int64, types
 
 from .jit import kernel
 from .simd import ADDRESS, emit_native_call, vector_intrinsic
-from .sync import fetch_add
+from .sync import LINE, atomic_load, fetch_add
 from .tiles import ARGUMENTS
 
 ONE, FEW, MANY = 0, 1, 2
@@ -24,6 +24,10 @@ ONE, FEW, MANY = 0, 1, 2
 
 L2_CHUNK = 256 * 1024
 """Bytes of weights that stay in the second-level cache while the token tiles stream over them."""
+
+
+PIECES = 8
+"""Pieces of a thread's share of a matrix: what may be left to do when a thread has ended and another has not."""
 
 
 @vector_intrinsic(types.void, *[ADDRESS] * (ARGUMENTS + 1))
@@ -65,41 +69,40 @@ def multiply_piece(matrix, first, end, pack, n_tokens, out, out_stride, add):
 
 
 @kernel
-def claim(counter, n_threads, total):
-    """The next piece of work, first..end-1 of `total` row blocks; empty when there is none. `counter`: address, zeroed.
+def claim(counter, n_threads, rank, total):
+    """The next piece of work, first..end-1 of `total` row blocks; empty when there is none.
 
-    Each round hands out half of what is left in equal pieces, so a thread streams long stretches of memory, and a slow
-    or interrupted one keeps nobody waiting at the end. (Guided self-scheduling: Polychronopoulos and Kuck 1987.)
+    Each thread has a range of its own and goes through it piece by piece, one long stretch of memory; when it has done,
+    it helps the others with theirs, so that a slow or interrupted one keeps nobody waiting. `counter`: address of a
+    zeroed line for each thread: pieces taken from its range.
     """
-    ticket = fetch_add(counter, 1)
-    first, left = int64(0), total
-    while True:
-        round_size = left - left // 2
-        if round_size <= n_threads:
-            return min(first + ticket, total), min(first + ticket + 1, total)
-        if ticket < n_threads:
-            return first + round_size * ticket // n_threads, first + round_size * (ticket + 1) // n_threads
-        first += round_size
-        left -= round_size
-        ticket -= n_threads
+    for i in range(n_threads):
+        owner = (rank + i) % n_threads
+        first, end = total * owner // n_threads, total * (owner + 1) // n_threads
+        piece = max(1, (end - first) // PIECES)
+        if first + atomic_load(counter + owner * LINE) * piece < end:
+            first += fetch_add(counter + owner * LINE, 1) * piece
+            if first < end:
+                return first, min(first + piece, end)
+    return total, total
 
 
 @kernel
-def multiply(counter, n_threads, matrix, pack, n_tokens, out, out_stride, add):
-    """out[token][row] (+)= matrix times pack, shared out among the team by `counter` (address, zeroed)."""
+def multiply(counter, n_threads, rank, matrix, pack, n_tokens, out, out_stride, add):
+    """out[token][row] (+)= matrix times pack, shared out among the team; `counter`: see `claim`."""
     while True:
-        first, end = claim(counter, n_threads, matrix.blocks)
+        first, end = claim(counter, n_threads, rank, matrix.blocks)
         if first >= end:
             return
         multiply_piece(matrix, first, end, pack, n_tokens, out, out_stride, add)
 
 
 @kernel
-def multiply_three(counter, n_threads, q, k, v, pack, n_tokens, q_out, k_out, v_out, out_stride):
+def multiply_three(counter, n_threads, rank, q, k, v, pack, n_tokens, q_out, k_out, v_out, out_stride):
     """`multiply` for q, k and v as one piece of work: their rows share the activations."""
     total = q.blocks + k.blocks + v.blocks
     while True:
-        first, end = claim(counter, n_threads, total)
+        first, end = claim(counter, n_threads, rank, total)
         if first >= end:
             return
         # The parts of the piece that lie in each matrix.

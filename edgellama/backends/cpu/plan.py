@@ -53,7 +53,8 @@ PLAN = _record(
     query_scale=np.float32,
 )
 
-# Lines of the control buffer, then one counter for each piece of shared work: of a call, then twice those of a layer.
+# Lines of the control buffer, then a counter for each piece of shared work, of a call, then twice those of a layer: a
+# line for each thread, of which work that is not a matrix uses the first.
 BARRIER, CANCEL, DECISION, COUNTERS = 0, 2, 3, 4
 WORK_PER_CALL = 3
 WORK_PER_LAYER = 10
@@ -198,5 +199,5 @@ class Plan:
             for parts in (1, 2):
                 self.packs[parts - 1, i] = size, SIZES[parts][size], parts, BY_TOKEN[size], codes, scales, sums, values
 
-        p["control"] = self.zeros((COUNTERS + WORK_PER_CALL + 2 * WORK_PER_LAYER) * LINE)
+        p["control"] = self.zeros((COUNTERS + (WORK_PER_CALL + 2 * WORK_PER_LAYER) * n_threads) * LINE)
         self.control = self._owned[-1].view(np.int64)

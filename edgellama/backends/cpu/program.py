@@ -32,10 +32,9 @@ def forward(plans, layers, packs, rank):
     words = p.control + BARRIER * LINE
     n_rows = p.n_rows  # once rank 0 is back the next call's tables are filled in, and others may still be on the way
     # Two sets of counters in turn: one is cleared while the other is in use.
-    for_call = p.control + COUNTERS * LINE
-    counter, other = for_call + WORK_PER_CALL * LINE, for_call + (WORK_PER_CALL + WORK_PER_LAYER) * LINE
-    if rank == 0:
-        clear(for_call + LINE, WORK_PER_CALL - 1 + 2 * WORK_PER_LAYER)
+    for_call, work = p.control + COUNTERS * LINE, p.n_threads * LINE
+    counter, other = for_call + WORK_PER_CALL * work, for_call + (WORK_PER_CALL + WORK_PER_LAYER) * work
+    clear(for_call + work, WORK_PER_CALL - 1 + 2 * WORK_PER_LAYER, p.n_threads, rank)
 
     embed_tokens(p, for_call)
     barrier(words, p.n_threads)
@@ -45,25 +44,24 @@ def forward(plans, layers, packs, rank):
         # Attention: x += o_proj(attention(rope(q), rope(k), v)) with q, k, v from the normalized x.
         pack = packs[layer.q.parts - 1, pack_index(p, packs, layer.q, p.n_tokens, rank)]
         pack_tokens(p, counter, pack, p.x, p.x_stride, layer.input_norm, layer.q.groups, scratch)
-        multiply_three(counter + LINE, p.n_threads, layer.q, layer.k, layer.v, pack, p.n_tokens,
+        multiply_three(counter + work, p.n_threads, rank, layer.q, layer.k, layer.v, pack, p.n_tokens,
                        p.qkv, p.qkv + p.k_column, p.qkv + p.v_column, p.qkv_stride)  # fmt: skip
         barrier(words, p.n_threads)
-        if rank == 0:
-            clear(other, WORK_PER_LAYER)
+        clear(other, WORK_PER_LAYER, p.n_threads, rank)
         if not one:
-            store_all(p, counter + 2 * LINE, layer, scratch)
+            store_all(p, counter + 2 * work, layer, scratch)
             barrier(words, p.n_threads)
-        attend_all(p, counter + 3 * LINE, layer, scratch)
+        attend_all(p, counter + 3 * work, layer, scratch)
         barrier(words, p.n_threads)
         pack = packs[layer.o.parts - 1, pack_index(p, packs, layer.o, p.n_tokens, rank)]
-        pack_tokens(p, counter + 4 * LINE, pack, p.attention, p.attention_stride, 0, layer.o.groups, scratch)
-        multiply(counter + 5 * LINE, p.n_threads, layer.o, pack, p.n_tokens, p.x, p.x_stride, 1)
+        pack_tokens(p, counter + 4 * work, pack, p.attention, p.attention_stride, 0, layer.o.groups, scratch)
+        multiply(counter + 5 * work, p.n_threads, rank, layer.o, pack, p.n_tokens, p.x, p.x_stride, 1)
         barrier(words, p.n_threads)
 
         # MLP: x += down_proj(act(gate_proj(x)) * up_proj(x)) with the normalized x.
         pack = packs[layer.gate.parts - 1, pack_index(p, packs, layer.gate, p.n_tokens, rank)]
-        pack_tokens(p, counter + 6 * LINE, pack, p.x, p.x_stride, layer.post_norm, layer.gate.groups, scratch)
-        gate_and_up(p, counter + 7 * LINE, layer, pack, scratch)
+        pack_tokens(p, counter + 6 * work, pack, p.x, p.x_stride, layer.post_norm, layer.gate.groups, scratch)
+        gate_and_up(p, counter + 7 * work, rank, layer, pack, scratch)
         if rank == 0:
             atomic_store(p.control + DECISION * LINE, atomic_load(p.control + CANCEL * LINE))
         barrier(words, p.n_threads)
@@ -72,22 +70,23 @@ def forward(plans, layers, packs, rank):
                 atomic_store(for_call, 0)
             return False
         pack = packs[layer.down.parts - 1, pack_index(p, packs, layer.down, p.n_tokens, rank)]
-        pack_tokens(p, counter + 8 * LINE, pack, p.mlp, p.mlp_stride, 0, layer.down.groups, scratch)
-        multiply(counter + 9 * LINE, p.n_threads, layer.down, pack, p.n_tokens, p.x, p.x_stride, 1)
+        pack_tokens(p, counter + 8 * work, pack, p.mlp, p.mlp_stride, 0, layer.down.groups, scratch)
+        multiply(counter + 9 * work, p.n_threads, rank, layer.down, pack, p.n_tokens, p.x, p.x_stride, 1)
         barrier(words, p.n_threads)
         counter, other = other, counter
 
     if rank == 0:
         atomic_store(for_call, 0)
     if n_rows > 0:
-        logits_of_rows(p, for_call + LINE, packs, rank, scratch)
+        logits_of_rows(p, for_call + work, packs, rank, scratch)
     return True
 
 
 @kernel
-def clear(counter, n):
+def clear(counter, n, n_threads, rank):
+    """Zero a thread's own lines of `n` counters."""
     for i in range(n):
-        atomic_store(counter + i * LINE, 0)
+        atomic_store(counter + (i * n_threads + rank) * LINE, 0)
 
 
 @kernel
@@ -137,13 +136,13 @@ def pack_one(p, pack, row, norm, groups, tile, t, scratch):
 
 
 @kernel
-def gate_and_up(p, counter, layer, pack, scratch):
+def gate_and_up(p, counter, rank, layer, pack, scratch):
     """mlp = act(gate_proj) * up_proj, a few row blocks of both at a time."""
     padded = (p.n_tokens + pack.tile - 1) // pack.tile * pack.tile
     room = max(UP_CELLS // padded, UP_BLOCKS)
     up, up_stride = scratch + p.up, room * 64
     while True:
-        first, end = claim(counter, p.n_threads, layer.gate.blocks)
+        first, end = claim(counter, p.n_threads, rank, layer.gate.blocks)
         if first >= end:
             return
         while first < end:
@@ -178,5 +177,5 @@ def logits_of_rows(p, counter, packs, rank, scratch):
         if one:
             break
     barrier(p.control + BARRIER * LINE, p.n_threads)
-    multiply(counter + LINE, p.n_threads, p.head, pack, p.n_rows, p.logits, p.logits_stride, 0)
+    multiply(counter + p.n_threads * LINE, p.n_threads, rank, p.head, pack, p.n_rows, p.logits, p.logits_stride, 0)
     barrier(p.control + BARRIER * LINE, p.n_threads)

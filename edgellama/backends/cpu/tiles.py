@@ -57,6 +57,8 @@ multiplied up to `inputs` only; one or a few with the padding, too, for a stream
 the processor's prefetcher (576 inputs: 12 GB/s a core with gaps, 30 without)."""
 STEP = 32
 """Inputs that an inner loop takes at a time."""
+CHAINS = 4
+"""Sums that grow side by side, at least: each waits for its own last product."""
 
 
 def _cells(b, kind, n: int):
@@ -66,6 +68,14 @@ def _cells(b, kind, n: int):
     for cell in cells:
         b.store(zero, cell)
     return cells
+
+
+def _emit_total(b, cells):
+    """The sum of integer accumulators."""
+    total = b.load(cells[0])
+    for cell in cells[1:]:
+        total = b.add(total, b.load(cell))
+    return total
 
 
 def _emit_over(b, tiles, blocks, emit_one):
@@ -109,6 +119,7 @@ def _integers(bits: int, parts: int, tokens: int):
     group_bytes = 256 * bits
     dot = emit_dot4 if bits == 4 else emit_dot4_int8
     columns = parts * tokens  # all high parts, then all low parts
+    chains = max(1, CHAINS // columns)
 
     def tile(b, weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
         groups = _groups(b, inputs)
@@ -116,14 +127,16 @@ def _integers(bits: int, parts: int, tokens: int):
         def one_block(index, block):
             x_group, first_group = b.mul(index, groups), b.mul(block, groups)
             total = _cells(b, V_F32, tokens)
-            sums = _cells(b, V_I32, columns)
+            sums = [_cells(b, V_I32, chains) for _ in range(columns)]
             with cgutils.for_range(b, groups) as group_loop:
                 g = group_loop.index
                 x_at, w_at = b.add(x_group, g), b.add(first_group, g)
                 group_sums = emit_offset(b, x_sums, (x_at, 4 * columns))
                 for c in range(columns):
                     start = b.mul(emit_load(b, emit_offset(b, group_sums, 4 * c), I32, 4), I32(zero))
-                    b.store(emit_splat(b, start), sums[c])
+                    b.store(emit_splat(b, start), sums[c][0])
+                    for cell in sums[c][1:]:
+                        b.store(ir.Constant(V_I32, [0] * 16), cell)
                 group_weights = emit_offset(b, weights, (w_at, group_bytes))
                 group_codes = emit_offset(b, codes, (x_at, 128 * columns))
                 steps = I64(128 // STEP)
@@ -138,14 +151,15 @@ def _integers(bits: int, parts: int, tokens: int):
                         for i, w in enumerate(words, n * len(words)):
                             for c in range(columns):
                                 x = emit_broadcast_i32(b, emit_offset(b, step_codes, 4 * (columns * i + c)))
-                                b.store(dot(b, b.load(sums[c]), w, b.bitcast(x, V_I8)), sums[c])
+                                cell = sums[c][i % chains]
+                                b.store(dot(b, b.load(cell), w, b.bitcast(x, V_I8)), cell)
                 scale = emit_load_f16(b, emit_offset(b, scales, (w_at, 32)))
                 for t in range(tokens):
                     x_scale = emit_broadcast_f32(b, emit_offset(b, x_scales, (x_at, 4 * tokens), 4 * t))
-                    exact = b.load(sums[t])
+                    exact = _emit_total(b, sums[t])
                     if parts == 2:
                         high = b.shl(exact, ir.Constant(V_I32, [LOW_BITS] * 16))
-                        exact = b.add(high, b.load(sums[tokens + t]))
+                        exact = b.add(high, _emit_total(b, sums[tokens + t]))
                     value = emit_fma(b, b.sitofp(exact, V_F32), b.fmul(scale, x_scale), b.load(total[t]))
                     b.store(value, total[t])
             to = emit_offset(b, out, b.mul(b.mul(index, I64(tokens)), out_stride))
