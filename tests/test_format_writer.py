@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from edgellama.errors import ConfigError, EdgellamaError, FormatError
-from edgellama.format import ModelWriter, open_model, storage
+from edgellama.format import ModelWriter, blocks, open_model, storage
 from edgellama.format import writer as writer_module
 from format_files import CONFIG, FILES, PROVENANCE, tensor_bytes, write_file
 
@@ -206,6 +206,7 @@ def test_a_failure_at_every_call(tmp_path, monkeypatch, existing, error):
         if existing:
             path.write_bytes(old)
         with monkeypatch.context() as patch:
+            patch.setattr(blocks, "BLOCK", 1 << 10)  # many writes
             failing = Failing(patch, fail_at, error)
             try:
                 write_file(path)

@@ -29,6 +29,7 @@ import xxhash
 from ..config import LlamaConfig
 from ..errors import EdgellamaError, FormatError
 from . import storage, strict_json
+from .blocks import BlockWriter
 from .container import (
     DATA_ALIGNMENT,
     MAGIC,
@@ -96,6 +97,7 @@ class ModelWriter:
             raise FormatError("header", None, f"{self._header_length} bytes of config and tensors, at most {MAX_JSON}")
         self._data_offset = align(PROLOGUE_SIZE + self._header_length, DATA_ALIGNMENT)
         self._destination = Path(os.path.realpath(self.path))  # a symbolic link stays, its target is replaced
+        self._blocks = BlockWriter()
         self._fd: int | None = None
         self._temp: Path | None = None
         with self._abort_on_error(), self._one_line_errors():
@@ -148,6 +150,7 @@ class ModelWriter:
             prologue = Prologue(len(header), self._data_offset, self._data_length, hash128(header))
             self._write_at(0, prologue.pack() + header)
             fd = self._descriptor()
+            self._blocks.flush(fd)
             validate(FileSource(fd, os.fstat(fd).st_size))
             storage.fsync(fd)
             check_replaceable(self._destination)
@@ -241,9 +244,7 @@ class ModelWriter:
 
     def _write_at(self, offset: int, data: bytes | memoryview) -> None:
         with self._one_line_errors():
-            fd = self._descriptor()
-            storage.seek(fd, offset)
-            storage.write_all(fd, data)
+            self._blocks.write(self._descriptor(), offset, data)
 
     def _descriptor(self) -> int:
         if self._fd is None:
