@@ -188,7 +188,7 @@ def test_what_is_no_model_file_says_what_to_do(tmp_path, monkeypatch):
         "hf": "edgellama convert hf",
         "other": "is a folder",
         "x.gguf": "is a .gguf file",
-        "org/name": "edgellama convert org/name",
+        "org/name": "edgellama run org/name",
         "nothing.edgellama": "edgellama demo",
     }.items():
         with pytest.raises(EdgellamaError) as caught:

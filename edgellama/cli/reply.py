@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from edgellama.generate import Generation, Stream
 
 
-def stream_reply(stream: "Stream", write: Callable[[str], None]) -> int:
+def stream_reply(stream: "Stream", write: Callable[[str], None], *, patient: bool = False) -> int:
     """`write` the pieces as they come; returns 0, or 130 when Ctrl-C ended the reply.
 
-    Ctrl-C lets the token in work finish, so the result is whole. Before the first token, or pressed twice, it is
-    a KeyboardInterrupt as usual.
+    Ctrl-C lets the token in work finish, so the result is whole. Before the first token (unless `patient`: the
+    caller goes on afterwards), or pressed twice, it is a KeyboardInterrupt as usual.
     """
     interrupted = False
 
@@ -25,7 +25,7 @@ def stream_reply(stream: "Stream", write: Callable[[str], None]) -> int:
         nonlocal interrupted
         again, interrupted = interrupted, True
         stream.cancel()  # first: what is raised inside a callback of C code is lost
-        if again or not stream.token_ids:
+        if again or not (patient or stream.token_ids):
             raise KeyboardInterrupt
 
     with _on_interrupt(on_interrupt, stream):
@@ -71,9 +71,21 @@ def summary(result: "Generation", *, context_full: bool = False) -> str:
         new += f" at {timings.decode_tps:.1f}/s"
     if result.finish_reason == "stop":
         end = "the text ended"
+    elif result.finish_reason == "cancelled":
+        end = "interrupted"
     else:
         end = "the context is full" if context_full else "stopped by -n"
     return (
         f"[{len(result.prompt_token_ids)} prompt tokens in {console.seconds(timings.prefill_s)}; {new}; "
         f"opened in {console.seconds(timings.load_s)}; {end}]"
     )
+
+
+def note_end(result: "Generation", *, room: int) -> str:
+    """What a chat tells about a reply that did not end by itself; `room` tokens of context were left for it."""
+    n = len(result.token_ids)
+    if result.finish_reason == "cancelled":
+        return f"(stopped after {n} tokens)"
+    if result.finish_reason != "length":
+        return ""
+    return "(the context is full)" if n >= room else f"(cut after {n} tokens: max_new_tokens)"

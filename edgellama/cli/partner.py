@@ -1,0 +1,94 @@
+"""A model to talk to: from a conversation to a running reply. Shared by `chat` and `run`.
+
+A model with a chat template, its own or a named one, is shown the whole conversation. One without continues the last
+message as plain text, which is all that a base model can do.
+"""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from edgellama.cli import console
+from edgellama.cli.conversation import Conversation
+from edgellama.cli.opening import users_choice
+from edgellama.errors import EdgellamaError
+
+if TYPE_CHECKING:
+    from edgellama.chat_template import ChatTemplate
+    from edgellama.generate import Generation, Stream
+    from edgellama.model import Llama
+
+
+class ModelPartner:
+    """`template` names a built-in template, in place of the model's own; `extra` are keyword arguments of each reply
+    (an open draft model); `progress(done, total)` follows a prompt."""
+
+    def __init__(
+        self,
+        llm: "Llama",
+        template: str | None,
+        extra: dict[str, Any],
+        progress: Callable[[int, int], None],
+    ):
+        self._llm, self._extra, self._progress = llm, extra, progress
+        self._template_name = template
+        self.template = _template(llm, template)
+
+    def reply(self, conversation: Conversation) -> "Stream":
+        options = {
+            "max_new_tokens": self._most(),
+            **conversation.parameters,
+            **self._extra,
+            "stream": True,
+            "progress": self._progress,
+        }
+        with users_choice():
+            if self.template is not None:
+                return self._llm.chat(conversation.prompt(), template=self._template_name, **options)
+            if conversation.system:
+                raise EdgellamaError(
+                    "this model has no chat template, so a system text has no place; --template NAME gives it one"
+                )
+            return self._llm.generate(conversation.messages[-1]["content"], **options)
+
+    def room(self, result: "Generation") -> int:
+        return self._llm.n_ctx - len(result.prompt_token_ids)
+
+    def show(self, what: str) -> str:
+        if what == "info":
+            from edgellama.cli.info import describe, rows
+
+            return console.table(rows(describe(self._llm.file)))
+        if what == "template":
+            return self.template.source if self.template is not None else "(none: messages are continued as plain text)"
+        assert what == "parameters"
+        defaults = self._llm.defaults
+        return console.table([(name, f"{value} (the model's)") for name, value in vars(defaults).items()])
+
+    def _most(self) -> int:
+        """A reply may be as long as the model's own limit, else as the context: Ctrl-C is at hand."""
+        value = self._llm.generation_config.get("max_new_tokens")
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else self._llm.n_ctx
+
+
+def _template(llm: "Llama", name: str | None) -> "ChatTemplate | None":
+    """None for a model that has no template, where none was named."""
+    raise NotImplementedError
+
+
+class Patience:
+    """Progress of a long prompt: a bar that appears after half a second on a terminal, and goes when it is done."""
+
+    def __init__(self, bar: Any, delay: float = 0.5):
+        self._bar, self._delay = bar, delay
+        self._begun: float | None = None
+
+    def update(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._begun is None:
+            self._begun = now
+        if done >= total:
+            self._begun = None
+            self._bar.close()
+        elif now - self._begun >= self._delay:
+            self._bar.update(done, total)
