@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from edgellama.cli import console, options, parameters
-from edgellama.cli.opening import opened, users_choice
-from edgellama.cli.reply import stream_reply, summary
+from edgellama.cli.opening import opened
+from edgellama.cli.reply import start, stream_reply, summary
 
 _DESCRIPTION = "Continue a prompt. The text goes to stdout as it is made, remarks to stderr."
 _EPILOG = """\
@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
         given |= {"logprobs": True, "top_logprobs": args.logprobs}
     prompt = options.read_prompt(args.prompt)
     with opened(args, model, given) as (llm, extra):
-        with users_choice():
-            stream = llm.generate(prompt, **given, **extra, stream=True)
+        stream = start(llm.generate, prompt, **given, **extra)
         code = stream_reply(stream, _ignore if args.json else console.write)
         result = stream.result
         room = llm.n_ctx - len(result.prompt_token_ids)

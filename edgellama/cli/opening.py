@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from edgellama.cli import console, options
-from edgellama.errors import EdgellamaError
 
 if TYPE_CHECKING:
     from edgellama.model import Llama
@@ -26,12 +25,3 @@ def opened(args: argparse.Namespace, model: str, given: dict[str, Any]) -> Itera
             for remark in llm.notes:
                 console.note(f"note: {remark}")
         yield llm, extra
-
-
-@contextlib.contextmanager
-def users_choice() -> Iterator[None]:
-    """Around a call with values that a user chose: one that is refused is the user's error, not ours."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise EdgellamaError(str(error)) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgellama.cli import console
 from edgellama.cli.conversation import Conversation
-from edgellama.cli.opening import users_choice
+from edgellama.cli.reply import WholeReply, start
 from edgellama.errors import EdgellamaError
 
 if TYPE_CHECKING:
@@ -34,22 +34,20 @@ class ModelPartner:
         self._template_name = template
         self.template = _template(llm, template)
 
-    def reply(self, conversation: Conversation) -> "Stream":
+    def reply(self, conversation: Conversation) -> "Stream | WholeReply":
         options = {
             "max_new_tokens": self._most(),
             **conversation.parameters,
             **self._extra,
-            "stream": True,
             "progress": self._progress,
         }
-        with users_choice():
-            if self.template is not None:
-                return self._llm.chat(conversation.prompt(), template=self._template_name, **options)
-            if conversation.system:
-                raise EdgellamaError(
-                    "this model has no chat template, so a system text has no place; --template NAME gives it one"
-                )
-            return self._llm.generate(conversation.messages[-1]["content"], **options)
+        if self.template is not None:
+            return start(self._llm.chat, conversation.prompt(), template=self._template_name, **options)
+        if conversation.system:
+            raise EdgellamaError(
+                "this model has no chat template, so a system text has no place; --template NAME gives it one"
+            )
+        return start(self._llm.generate, conversation.messages[-1]["content"], **options)
 
     def room(self, result: "Generation") -> int:
         return self._llm.n_ctx - len(result.prompt_token_ids)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgellama.cli import console, conversation, parameters
 from edgellama.cli.conversation import Conversation
 from edgellama.cli.lines import LineReader, read_message
-from edgellama.cli.reply import note_end, stream_reply, summary
+from edgellama.cli.reply import WholeReply, note_end, stream_reply, summary
 from edgellama.errors import EdgellamaError
 from edgellama.paths import data_dir
 
@@ -35,7 +35,7 @@ _ALIASES = {
 class Partner(Protocol):
     """Who answers."""
 
-    def reply(self, conversation: Conversation) -> "Stream":
+    def reply(self, conversation: Conversation) -> "Stream | WholeReply":
         """A stream of the answer to the last message. Raises EdgellamaError."""
 
     def show(self, what: str) -> str:
@@ -135,7 +135,7 @@ class Repl:
         if self.verbose:
             self._note(summary(result))
 
-    def _show_reply(self, stream: "Stream") -> int:
+    def _show_reply(self, stream: "Stream | WholeReply") -> int:
         width = shutil.get_terminal_size().columns
         if self.word_wrap and console.is_terminal(sys.stdout) and width >= 20:
             wrap = console.WordWrap(console.write, width)
