@@ -256,8 +256,10 @@ class Llama:
                     f"{self.n_ctx}; reset() empties the cache, n_ctx makes it larger"
                 )
             slots = self._engine.slots
-            slots.free_all()
-            slot = self._cursor or slots.take(ids, reuse=False)
+            slot = self._cursor
+            if slot is None:
+                slots.begin()
+                slot = slots.take(ids, reuse=False)
             assert slot is not None
             logits = self._engine.extend(slot, ids, keep)
             slots.release(slot)

@@ -90,7 +90,7 @@ class Batch:
         `progress(done, total)`: tokens of all prompts, after every pass that computed some.
         """
         self._engine, self._slots = engine, engine.slots
-        self._slots.free_all()  # calls do not overlap: what is busy was left so by an interrupt
+        self._slots.begin()
         self._cancel, self._deadline, self._slide, self._progress = cancel, deadline, slide, progress
         self._waiting = deque(replies)
         self._running: list[Reply] = []

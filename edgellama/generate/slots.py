@@ -3,8 +3,9 @@
 A slot keeps the tokens of a sequence that has ended until another one needs the room. A new sequence starts with the
 longest prefix that any slot remembers, in that slot or in a copy, and computes the rest. That changes no bits: the
 backend promises that keys do not depend on how a sequence was cut into calls (`batch_invariant`), and where RoPE
-depends on the length of the call, only positions are reused that this call would have rotated alike. Knows tokens,
-positions and slots; the numbers in the cache are the backend's.
+depends on the length of the call, only positions are reused that this call would have rotated alike. Backends that
+promise nothing share prefixes within one call of `generate` only. Knows tokens, positions and slots; the numbers in the
+cache are the backend's.
 """
 
 import numpy as np
@@ -69,13 +70,13 @@ def common_prefix(a: np.ndarray, b: np.ndarray, differ: np.ndarray | None = None
 
 
 class SlotTable:
-    """All slots of a backend. `prefix_reuse` None: where the backend's bits allow it."""
+    """All slots of a backend. `prefix_reuse`: from call to call; None: where the backend's bits allow it."""
 
     def __init__(self, backend: Backend, config: LlamaConfig, prefix_reuse: bool | None = None):
         self._backend, self._config = backend, config
         self.slots = [Slot(index, backend.n_ctx) for index in range(backend.n_slots)]
         self.reuses = getattr(backend, "batch_invariant", False) if prefix_reuse is None else prefix_reuse
-        self.copies = self.reuses and hasattr(backend, "copy_slot")
+        self.copies = hasattr(backend, "copy_slot")
         self._clock = 0
 
     def length_class(self, length: int) -> int:
@@ -109,7 +110,7 @@ class SlotTable:
 
         A free one rather than a busy one, then the latest. (None, 0): no slot holds any.
         """
-        if not self.reuses or tokens.size < 2:
+        if tokens.size < 2:
             return None, 0
         class_ = self.length_class(tokens.size)
         found = [(slot.shared(tokens[:-1], class_), not slot.busy, slot.last_used, slot) for slot in self.slots]
@@ -122,10 +123,12 @@ class SlotTable:
         self._clock += 1
         slot.last_used = self._clock
 
-    def free_all(self) -> None:
-        """No sequence runs."""
+    def begin(self) -> None:
+        """A new call: no sequence runs (calls do not overlap: what is busy was left so by an interrupt)."""
         for slot in self.slots:
             slot.busy = False
+        if not self.reuses:
+            self.forget()
 
     def forget(self) -> None:
         """Nothing is in the cache any more, for all we know."""
