@@ -72,17 +72,17 @@ def find_model(path: str | os.PathLike[str]) -> Path:
         hint = f"; did you mean {path / inside[0]}?" if inside else ""
         raise EdgellamaError(f"{path} is a folder, not an {SUFFIX} file{hint}")
     what = "file" if len(path.parts) > 1 or path.suffix == SUFFIX else "file or stored model"
-    raise EdgellamaError(f"no such {what}: {text}{_what_instead(path)}")
+    raise EdgellamaError(f"no such {what}: {text}{_what_instead(text)}")
 
 
-def _what_instead(path: Path) -> str:
+def _what_instead(text: str) -> str:
     from edgellama import store
 
-    close = list(dict.fromkeys([*map(str, _close_files(path)), *store.close_names(str(path))]))[:2]
+    close = list(dict.fromkeys([*map(str, _close_files(Path(text))), *store.close_names(text)]))[:2]
     if close:
         return f"; did you mean {' or '.join(close)}?"
-    if store.is_hub_id(str(path)):
-        return f"; a model from the Hugging Face hub is converted first: edgellama run {path}"
+    if store.is_hub_id(text):
+        return f"; a model from the Hugging Face hub is converted first: edgellama run {text}"
     return f"; `edgellama convert` makes {SUFFIX} files, `edgellama demo` one to try"
 
 

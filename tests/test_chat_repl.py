@@ -269,7 +269,18 @@ def test_parameters_are_set_shown_and_taken_back(capsys):
 
 def test_the_system_text(capsys):
     partner = FakePartner()
-    chat(partner, "/show system", "/set system Be brief.", "a", "/show system", '/set system """one', 'two"""', "b", '/set system ""', "c")
+    chat(
+        partner,
+        "/show system",
+        "/set system Be brief.",
+        "a",
+        "/show system",
+        '/set system """one',
+        'two"""',
+        "b",
+        '/set system ""',
+        "c",
+    )
     assert [seen[0] for seen in partner.seen] == [("system", "Be brief."), ("system", "one\ntwo"), ("user", "a")]
     assert "\nBe brief.\n" in capsys.readouterr().out
 
@@ -396,7 +407,13 @@ def test_the_end_of_input_within_several_lines_is_the_end():
 
 @pytest.mark.parametrize(
     ("line", "word"),
-    [("/s", "/save"), ("/set par", "parameter"), ("/set parameter te", "temperature"), ("/show t", "template"), ("hi", None)],
+    [
+        ("/s", "/save"),
+        ("/set par", "parameter"),
+        ("/set parameter te", "temperature"),
+        ("/show t", "template"),
+        ("hi", None),
+    ],
 )
 def test_completion(line, word):
     repl = Repl(FakePartner(), Conversation("fake"))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from checkpoints import DEFAULTS, make_checkpoint, random_weights, state_dict_sh
 from edgellama.cli import console, main, options
 from edgellama.cli.progress import Progress
 from edgellama.errors import EdgellamaError
+from edgellama.generate import Generation, Timings
 from fakes import fake_llama
 
 COMMAND = [sys.executable, "-m", "edgellama"]
-VERBS = ["convert", "generate", "info", "verify", "export", "demo", "bench"]
+VERBS = ["convert", "generate", "chat", "run", "list", "rm", "info", "verify", "export", "demo", "bench"]
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_no_arguments_shows_help_and_is_wrong_usage(capsys):
         (["generate", "m", "-p", "a", "--temprature", "1"], "did you mean '--temperature'?"),
         (["generate", "m", "-p", "a", "--temp", "-1"], "--temperature"),
         (["generate", "m", "-p", "a", "--temperature", "hot"], "'hot' is not a number"),
-        (["generate", "m", "-p", "a", "--top-p", "0"], "--top-p must be above 0"),
+        (["generate", "m", "-p", "a", "--top-p", "0"], "--top-p: must be above 0"),
         (["generate", "m", "-p", "a", "--top-p", "2"], "from 0 to 1"),
         (["generate", "m", "-p", "a", "-n", "0"], "too small"),
         (["generate", "m", "-p", "a", "-n", "many"], "whole number"),
@@ -122,8 +124,8 @@ def test_quiet_says_nothing(fake, capsys):
 def test_json_is_one_object(fake, capsys):
     assert main(["generate", "m", "-p", "a", "-n", "3", "--temperature", "0", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
-    assert set(value) == {"text", "token_ids", "prompt_token_ids", "finish_reason", "timings"}
-    assert set(value["timings"]) == {"load_s", "prefill_s", "prefill_tps", "decode_tps", "ttft_s"}
+    assert set(value) == {each.name for each in fields(Generation)}
+    assert set(value["timings"]) == {each.name for each in fields(Timings)}
     assert (value["text"], value["token_ids"], value["finish_reason"]) == ("bcd", [3, 4, 5], "length")
 
 

@@ -25,7 +25,9 @@ def hub(tiny_model, monkeypatch):
     """A converter whose files say which hub id they are from."""
     made = []
     sources = {}
-    monkeypatch.setattr(store, "_source", lambda path: sources.get(path) or store._read_record(store._source_file(path)).get("folder"))
+    monkeypatch.setattr(
+        store, "_source", lambda path: sources.get(path) or store._read_record(store._source_file(path)).get("folder")
+    )
 
     def convert(hub_id):
         def write(path):
@@ -200,7 +202,18 @@ def test_a_name_never_leads_out_of_the_folder(tmp_path):
     outside = tmp_path / "home" / "outside.edgellama"
     outside.write_bytes(b"x")
     (models_dir() / ".hidden.edgellama").write_bytes(b"x")
-    for name in ("../outside", "../outside.edgellama", str(outside), "", ".", "..", ".hidden", "a/../../outside", "a\\b", "\0"):
+    for name in (
+        "../outside",
+        "../outside.edgellama",
+        str(outside),
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a/../../outside",
+        "a\\b",
+        "\0",
+    ):
         assert store.find(name) is None
     assert store.list_models() == []
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from edgellama.errors import EdgellamaError
 
-
 _MODEL = "an .edgellama file, or a stored model's name"
 
 

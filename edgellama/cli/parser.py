@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import edgellama
-from edgellama.cli import bench, chat, console, convert, demo, export, generate, info, rm, run, verify
-from edgellama.cli import list as list_models
+from edgellama.cli import bench, chat, console, convert, demo, export, generate, info, list_models, rm, run, verify
 
 _VERBS = (demo, run, chat, generate, convert, list_models, rm, info, verify, export, bench)
 _DESCRIPTION = "Run Llama models on your own machine: one int4 file, from Python, on any CPU."
@@ -54,4 +53,3 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         hint = console.did_you_mean(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else ""
         verb_parser.error(f"unknown argument {unknown[0]!r}{hint}")
     return args
-

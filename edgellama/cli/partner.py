@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgellama.cli import console
 from edgellama.cli.conversation import Conversation
+from edgellama.cli.info import describe, has_chat_template, rows
 from edgellama.cli.reply import WholeReply, start
 from edgellama.errors import EdgellamaError
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from edgellama.chat_template import ChatTemplate
     from edgellama.generate import Generation, Stream
     from edgellama.model import Llama
+
+_USUAL = ("temperature", "top_k", "top_p", "min_p")
 
 
 class ModelPartner:
@@ -54,14 +57,16 @@ class ModelPartner:
 
     def show(self, what: str) -> str:
         if what == "info":
-            from edgellama.cli.info import describe, rows
-
             return console.table(rows(describe(self._llm.file)))
         if what == "template":
             return self.template.source if self.template is not None else "(none: messages are continued as plain text)"
         assert what == "parameters"
-        defaults = self._llm.defaults
-        return console.table([(name, f"{value} (the model's)") for name, value in vars(defaults).items()])
+        from edgellama.sampling import SamplingParams
+
+        # The usual ones, and what this model does unlike others.
+        own, usual = self._llm.defaults, SamplingParams()
+        names = [name for name in vars(own) if name in _USUAL or getattr(own, name) != getattr(usual, name)]
+        return console.table([(name, f"{getattr(own, name)} (the model's)") for name in names])
 
     def _most(self) -> int:
         """A reply may be as long as the model's own limit, else as the context: Ctrl-C is at hand."""
@@ -70,8 +75,12 @@ class ModelPartner:
 
 
 def _template(llm: "Llama", name: str | None) -> "ChatTemplate | None":
-    """None for a model that has no template, where none was named."""
-    raise NotImplementedError
+    """The template by this name, else the model's own; None where it has none."""
+    if name is None and not has_chat_template(llm.file.files):
+        return None
+    from edgellama.chat import template_of
+
+    return template_of(llm, name)
 
 
 class Patience:

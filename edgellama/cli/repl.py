@@ -71,7 +71,10 @@ class Repl:
             "system": (self._set_system, 'system TEXT: what the model is told first; "" takes it back'),
             "verbose": (self._switch("verbose", True), "verbose, quiet: tell the speed after each reply, or not"),
             "quiet": (self._switch("verbose", False), ""),
-            "wordwrap": (self._switch("word_wrap", True), "wordwrap, nowordwrap: break lines between words, or anywhere"),
+            "wordwrap": (
+                self._switch("word_wrap", True),
+                "wordwrap, nowordwrap: break lines between words, or anywhere",
+            ),
             "nowordwrap": (self._switch("word_wrap", False), ""),
             "history": (self._set_history(True), "history, nohistory: remember what you type, or not"),
             "nohistory": (self._set_history(False), ""),
@@ -154,7 +157,9 @@ class Repl:
         if name not in self._commands:
             known = [*self._commands, *self._synonyms]
             hint = console.did_you_mean(word, known)
-            raise EdgellamaError(f"unknown command {word!r}{hint or '; /? lists them'} (a space first sends it as text)")
+            raise EdgellamaError(
+                f"unknown command {word!r}{hint or '; /? lists them'} (a space first sends it as text)"
+            )
         self._commands[name][0](rest.strip())
 
     def _help(self, _: str) -> None:
@@ -235,7 +240,9 @@ class Repl:
             what = f"unknown parameter {name!r}{hint}; " if name else ""
             raise EdgellamaError(f"{what}/set parameter NAME VALUE, where NAME is one of {', '.join(self._settable())}")
         if not text:
-            raise EdgellamaError(f"{name} is {self.talk.parameters.get(name, 'the default')}; {name} {parameter.metavar}")
+            raise EdgellamaError(
+                f"{name} is {self.talk.parameters.get(name, 'the default')}; {name} {parameter.metavar}"
+            )
         if text == "default":
             self.talk.parameters.pop(name, None)
         else:

@@ -11,7 +11,7 @@ _DESCRIPTION = "Delete models from your model folder."
 _EPILOG = """\
 example: edgellama rm Llama-2-7b-hf
 
-Only files in the model folder go, by the names that `edgellama list` shows; what
+Only files in the model folder go, by the names that `edgellama list` shows;
 the Hugging Face cache keeps stays there. On a terminal it asks first."""
 
 

@@ -1,4 +1,4 @@
-"""`edgellama list`: the models in the user's folder."""
+"""`edgellama list`: the models in the user's folder. (A module named `list` would hide the builtin in its package.)"""
 
 import argparse
 import time
@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
 def table(rows: list[tuple[str, ...]]) -> list[str]:
     """Lines of padded columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    return [_GAP.join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+    return [
+        _GAP.join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    ]
 
 
 def ago(seconds: float) -> str:
