@@ -10,7 +10,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import IO, Any
@@ -43,9 +45,19 @@ def _tell_unless_interrupt(event: Any) -> None:
 
 
 def note(text: str = "", look: str = "") -> None:
-    """One line to stderr, with a `look` of `styled`; a closed stderr is nobody's problem."""
+    """One line to stderr, with a `look` of `styled`; a closed stderr is nobody's problem.
+
+    On a terminal that is narrower it is broken between words.
+    """
     with contextlib.suppress(OSError, ValueError):
-        print(styled(clean(text), look, sys.stderr), file=sys.stderr, flush=True)
+        print(styled(_fitted(clean(text)), look, sys.stderr), file=sys.stderr, flush=True)
+
+
+def _fitted(line: str) -> str:
+    width = shutil.get_terminal_size().columns
+    if len(line) <= width or not is_terminal(sys.stderr):
+        return line
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def styled(text: str, look: str, stream: IO[str]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from datetime import datetime
 
 from edgellama.cli import console, options
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def table(rows: list[tuple[str, ...]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of padded columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     return [

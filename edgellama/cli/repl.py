@@ -234,11 +234,14 @@ class Repl:
         name = _ALIASES.get(name, name)
         if name == "num_ctx":
             raise EdgellamaError("the context is as long as it was when the model was opened; start with -c N")
+        if not name:
+            self._note("/set parameter NAME VALUE, where NAME is one of")
+            self._note(console.table([(each, parameters.BY_NAME[each].help) for each in self._settable()]))
+            return
         parameter = parameters.BY_NAME.get(name)
         if parameter is None or name == "draft_model":
-            hint = console.did_you_mean(name, list(parameters.BY_NAME)) if name else ""
-            what = f"unknown parameter {name!r}{hint}; " if name else ""
-            raise EdgellamaError(f"{what}/set parameter NAME VALUE, where NAME is one of {', '.join(self._settable())}")
+            hint = console.did_you_mean(name, self._settable())
+            raise EdgellamaError(f"unknown parameter {name!r}{hint or '; /set parameter lists them'}")
         if not text:
             raise EdgellamaError(
                 f"{name} is {self.talk.parameters.get(name, 'the default')}; {name} {parameter.metavar}"
