@@ -77,7 +77,7 @@ def converse(args: argparse.Namespace, model: str) -> int:
 
     given = parameters.given(args)
     with opened(args, model, given) as (llm, extra), Progress("read", unit="tokens", quiet=_quiet(args)) as bar:
-        partner = ModelPartner(llm, args.template, extra, Patience(bar).update)
+        partner = ModelPartner(llm, args.template, extra, Patience(bar))
         if partner.template is None and not args.quiet:
             console.note(_NO_TEMPLATE)
         name = llm.file.path.name.removesuffix(".edgellama")

@@ -4,13 +4,15 @@ A model with a chat template, its own or a named one, is shown the whole convers
 message as plain text, which is all that a base model can do.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from edgellama.cli import console
 from edgellama.cli.conversation import Conversation
 from edgellama.cli.info import describe, has_chat_template, rows
+from edgellama.cli.progress import Progress
 from edgellama.cli.reply import WholeReply, start
 from edgellama.errors import EdgellamaError
 
@@ -24,25 +26,34 @@ _USUAL = ("temperature", "top_k", "top_p", "min_p")
 
 class ModelPartner:
     """`template` names a built-in template, in place of the model's own; `extra` are keyword arguments of each reply
-    (an open draft model); `progress(done, total)` follows a prompt."""
+    (an open draft model); `patience` shows how far a long prompt is."""
 
     def __init__(
         self,
         llm: "Llama",
         template: str | None,
         extra: dict[str, Any],
-        progress: Callable[[int, int], None],
+        patience: "Patience",
     ):
-        self._llm, self._extra, self._progress = llm, extra, progress
+        self._llm, self._extra, self._patience = llm, extra, patience
         self._template_name = template
         self.template = _template(llm, template)
 
-    def reply(self, conversation: Conversation) -> "Stream | WholeReply":
+    @contextlib.contextmanager
+    def reply(self, conversation: Conversation) -> Iterator["Stream | WholeReply"]:
+        self._patience.begin()
+        try:
+            with self._start(conversation) as stream:
+                yield stream
+        finally:
+            self._patience.end()
+
+    def _start(self, conversation: Conversation) -> "Stream | WholeReply":
         options = {
             "max_new_tokens": self._most(),
             **conversation.parameters,
             **self._extra,
-            "progress": self._progress,
+            "progress": self._patience.update,
         }
         if self.template is not None:
             return start(self._llm.chat, conversation.prompt(), template=self._template_name, **options)
@@ -84,18 +95,23 @@ def _template(llm: "Llama", name: str | None) -> "ChatTemplate | None":
 
 
 class Patience:
-    """Progress of a long prompt: a bar that appears after half a second on a terminal, and goes when it is done."""
+    """Progress of a prompt, shown by `bar` once it takes longer than `delay` seconds."""
 
-    def __init__(self, bar: Any, delay: float = 0.5):
+    def __init__(self, bar: Progress, delay: float = 0.5):
         self._bar, self._delay = bar, delay
-        self._begun: float | None = None
+        self._begun = 0.0
+
+    def begin(self) -> None:
+        """A new prompt."""
+        self._begun = time.monotonic()
+
+    def end(self) -> None:
+        """The bar goes, should the prompt have been cancelled."""
+        self._bar.close()
 
     def update(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self._begun is None:
-            self._begun = now
+        """What `generate` calls after each pass."""
         if done >= total:
-            self._begun = None
             self._bar.close()
-        elif now - self._begun >= self._delay:
+        elif time.monotonic() - self._begun >= self._delay:
             self._bar.update(done, total)

@@ -9,6 +9,7 @@ import shutil
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgellama.cli import console, conversation, parameters
@@ -35,8 +36,8 @@ _ALIASES = {
 class Partner(Protocol):
     """Who answers."""
 
-    def reply(self, conversation: Conversation) -> "Stream | WholeReply":
-        """A stream of the answer to the last message. Raises EdgellamaError."""
+    def reply(self, conversation: Conversation) -> AbstractContextManager["Stream | WholeReply"]:
+        """A stream of the answer to the last message, closed at the end of `with`. Raises EdgellamaError."""
 
     def show(self, what: str) -> str:
         """What is known about "info", "parameters" (the model's own) or "template", for people."""
@@ -146,7 +147,8 @@ class Repl:
             wrap.flush()
         else:
             code = stream_reply(stream, console.write, patient=True)
-        console.say("" if stream.result.text.endswith("\n") else "\n")
+        if stream.result.text:
+            console.say("" if stream.result.text.endswith("\n") else "\n")
         return code
 
     # -- commands ----------------------------------------------------------------------------------------------------
@@ -243,14 +245,12 @@ class Repl:
             hint = console.did_you_mean(name, self._settable())
             raise EdgellamaError(f"unknown parameter {name!r}{hint or '; /set parameter lists them'}")
         if not text:
-            raise EdgellamaError(
-                f"{name} is {self.talk.parameters.get(name, 'the default')}; {name} {parameter.metavar}"
-            )
-        if text == "default":
+            pass  # only tell
+        elif text == "default":
             self.talk.parameters.pop(name, None)
         else:
             self.talk.parameters[name] = _value(parameter, text.strip())
-        self._note(f"{name} is {self.talk.parameters.get(name, 'the default again')}")
+        self._note(f"{name} is {self.talk.parameters.get(name, 'the default')} ({parameter.help})")
 
     def _switch(self, attribute: str, value: bool) -> Callable[[str], None]:
         return lambda _: setattr(self, attribute, value)
