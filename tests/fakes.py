@@ -128,6 +128,8 @@ class HashBackend:
 class FakeTokenizer:
     """Letters only; a decoder that holds back half characters."""
 
+    chat_template = None
+
     def encode(self, text, add_special_tokens=True):
         return ([0] if add_special_tokens else []) + [ord(letter) - 95 for letter in text]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgellama.cli import console, options, parameters
@@ -47,12 +48,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Everything but MODEL: shared with `run`."""
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this and end; - reads stdin")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
-    parser.add_argument("--template", metavar="NAME", help="a chat template: llama-2, llama-3, chatml or zephyr")
+    parser.add_argument(
+        "--template",
+        type=_template,
+        metavar="NAME",
+        help="a chat template: llama-2, llama-3, chatml, zephyr, or a file of Jinja",
+    )
     options.add_runtime(parser)
     parser.add_argument("--verbose", action="store_true", help="tell the speed after each reply")
     parser.add_argument("-q", "--quiet", action="store_true", help="no remarks, only replies and errors")
     options.add_json(parser, "with -p or stdin: print one JSON object when done, instead of the text")
     parameters.add_all(parser, "stop after N tokens (default: the model's own, else the context)")
+
+
+def _template(text: str) -> str:
+    """A name as it is, a file's content."""
+    return options.read_file(text) if Path(text).is_file() else text
 
 
 def run(args: argparse.Namespace) -> int:

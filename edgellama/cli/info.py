@@ -63,7 +63,7 @@ def describe(file) -> dict[str, Any]:
         "eos_token_ids": list(config.eos_token_ids),
         "ignored_config_keys": dict(config.ignored),
         "tokenizer": _tokenizer(file.files),
-        "chat_template": has_chat_template(file.files),
+        "chat_template": _has_chat_template(file.files),
         "files": {name: len(data) for name, data in file.files.items()},
         "kv_bytes_per_token": per_token,
         "default_n_ctx": n_ctx,
@@ -129,5 +129,5 @@ def _tokenizer(files) -> str:
     return "SentencePiece (tokenizer.model)" if "tokenizer.model" in files else "none"
 
 
-def has_chat_template(files) -> bool:
+def _has_chat_template(files) -> bool:
     return "chat_template.jinja" in files or b'"chat_template"' in files.get("tokenizer_config.json", b"")

@@ -5,10 +5,12 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from edgellama.errors import EdgellamaError
 
+_MAX_FILE_BYTES = 1 << 20
 _MODEL = "an .edgellama file, or a stored model's name"
 
 
@@ -98,6 +100,19 @@ def byte_size(text: str) -> int:
     if result < 1:
         raise argparse.ArgumentTypeError("the size must be at least one byte")
     return result
+
+
+def read_file(name: str) -> str:
+    """The text of a small file that an option names."""
+    path = Path(name).expanduser()
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise argparse.ArgumentTypeError(f"{name} has more than {_MAX_FILE_BYTES >> 20} MB")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{name} is not UTF-8 text") from None
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name}: {(error.strerror or str(error)).lower()}") from None
 
 
 def read_prompt(text: str) -> str:

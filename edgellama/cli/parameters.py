@@ -9,17 +9,15 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from edgellama.cli.options import natural, number, positive_int, whole_number
+from edgellama.cli.options import natural, number, positive_int, read_file, whole_number
 
 BASIC = "generation"
 SAMPLING = "more sampling (all off by default)"
 CONSTRAINED = "constrained output (one of; needs edgellama[constrain])"
 SEARCH = "beams and speculation"
 
-_MAX_FILE_BYTES = 1 << 20
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
 
 
@@ -64,30 +62,14 @@ def _mirostat(text: str) -> int:
     return int(text)
 
 
-def _grammar(text: str) -> str:
-    return _read(text)
-
-
 def _json_schema(text: str) -> Any:
     """A schema as JSON, or the file that holds one."""
-    source = text if text.lstrip().startswith("{") else _read(text)
+    source = text if text.lstrip().startswith("{") else read_file(text)
     try:
         return json.loads(source)
     except (ValueError, RecursionError) as error:
         where = "" if source is text else f"{text}: "
         raise argparse.ArgumentTypeError(f"{where}not JSON: {error}") from None
-
-
-def _read(name: str) -> str:
-    path = Path(name).expanduser()
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise argparse.ArgumentTypeError(f"{name} has more than {_MAX_FILE_BYTES >> 20} MB")
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise argparse.ArgumentTypeError(f"{name} is not UTF-8 text") from None
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{name}: {(error.strerror or str(error)).lower()}") from None
 
 
 _TABLE = (
@@ -119,7 +101,7 @@ _TABLE = (
     Parameter("dry_multiplier", number(0), "X", "penalize what continues a repetition (0.8)", SAMPLING),
     Parameter("json_schema", _json_schema, "SCHEMA", "JSON of this schema: a file, or JSON itself", CONSTRAINED),
     Parameter("regex", str, "REGEX", "text that matches", CONSTRAINED),
-    Parameter("grammar", _grammar, "FILE", "text of a GBNF or Lark grammar", CONSTRAINED),
+    Parameter("grammar", read_file, "FILE", "text of a GBNF or Lark grammar", CONSTRAINED),
     Parameter("choice", str, "TEXT", "one of these texts; give it several times", CONSTRAINED, repeated=True),
     Parameter("num_beams", positive_int, "N", "search N beams instead of sampling", SEARCH),
     Parameter(

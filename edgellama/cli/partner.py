@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgellama.cli import console
 from edgellama.cli.conversation import Conversation
-from edgellama.cli.info import describe, has_chat_template, rows
+from edgellama.cli.info import describe, rows
 from edgellama.cli.progress import Progress
 from edgellama.cli.reply import WholeReply, start
 from edgellama.errors import EdgellamaError
@@ -87,7 +87,7 @@ class ModelPartner:
 
 def _template(llm: "Llama", name: str | None) -> "ChatTemplate | None":
     """The template by this name, else the model's own; None where it has none."""
-    if name is None and not has_chat_template(llm.file.files):
+    if name is None and llm.tokenizer.chat_template is None:
         return None
     from edgellama.chat import template_of
 
