@@ -77,7 +77,7 @@ class ModelPartner:
         # The usual ones, and what this model does unlike others.
         own, usual = self._llm.defaults, SamplingParams()
         names = [name for name in vars(own) if name in _USUAL or getattr(own, name) != getattr(usual, name)]
-        return console.table([(name, f"{getattr(own, name)} (the model's)") for name in names])
+        return console.table([(name, f"{getattr(own, name)} (default)") for name in names])
 
     def _most(self) -> int:
         """A reply may be as long as the model's own limit, else as the context: Ctrl-C is at hand."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgellama.cli import console, conversation, parameters
 from edgellama.cli.conversation import Conversation
 from edgellama.cli.lines import LineReader, read_message
-from edgellama.cli.reply import WholeReply, note_end, stream_reply, summary
+from edgellama.cli.reply import WholeReply, note_end, speed, stream_reply
 from edgellama.errors import EdgellamaError
 from edgellama.paths import data_dir
 
@@ -136,8 +136,8 @@ class Repl:
             self._note("(stopped; your message was taken back)" if code else "(the model had nothing to say)")
         else:
             self._note(note_end(result, room=self.partner.room(result)))
-        if self.verbose:
-            self._note(summary(result))
+        if said and self.verbose:
+            self._note(f"[{speed(result)}]")
 
     def _show_reply(self, stream: "Stream | WholeReply") -> int:
         width = shutil.get_terminal_size().columns

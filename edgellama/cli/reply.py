@@ -116,10 +116,18 @@ class WholeReply(Iterator[str]):
 
 
 def summary(result: "Generation", *, context_full: bool = False) -> str:
-    """One line: how much, how fast, why it ended.
+    """One line: how much, how fast, how long it took to open the model, why it ended."""
+    if result.finish_reason == "stop":
+        end = "the text ended"
+    elif result.finish_reason == "cancelled":
+        end = "interrupted"
+    else:
+        end = "the context is full" if context_full else "stopped by -n"
+    return f"[{speed(result)}; opened in {console.seconds(result.timings.load_s)}; {end}]"
 
-    A rate is only told where there is something to measure.
-    """
+
+def speed(result: "Generation") -> str:
+    """How much and how fast. A rate is only told where there is something to measure."""
     timings = result.timings
     new = f"{len(result.token_ids)} new"
     if timings.decode_tps is not None:
@@ -127,16 +135,7 @@ def summary(result: "Generation", *, context_full: bool = False) -> str:
     if timings.acceptance_rate is not None:
         new += f" ({timings.acceptance_rate:.0%} of the guesses right)"
     known = f" ({timings.cached_tokens} known)" if timings.cached_tokens else ""
-    if result.finish_reason == "stop":
-        end = "the text ended"
-    elif result.finish_reason == "cancelled":
-        end = "interrupted"
-    else:
-        end = "the context is full" if context_full else "stopped by -n"
-    return (
-        f"[{len(result.prompt_token_ids)} prompt tokens{known} in {console.seconds(timings.prefill_s)}; {new}; "
-        f"opened in {console.seconds(timings.load_s)}; {end}]"
-    )
+    return f"{len(result.prompt_token_ids)} prompt tokens{known} in {console.seconds(timings.prefill_s)}; {new}"
 
 
 def note_end(result: "Generation", *, room: int) -> str:
