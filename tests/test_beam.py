@@ -8,11 +8,24 @@ import pytest
 
 from checkpoints import make_checkpoint
 from closeness import ORACLE_TOLERANCE
-from edgellama.beam import BeamParams, SlotBeams, beam_search
+from edgellama.beam import BeamParams, BeamSearch, SlotBeams
 from edgellama.errors import EdgellamaError
 from edgellama.logprob import log_softmax, token_logprobs
 
 EOS = frozenset({0})
+
+
+def beam_search(beams, params, **options):
+    """The whole search."""
+    search = BeamSearch(beams, params, **options)
+    while search.step():
+        pass
+    assert not search.step()  # it stays over
+    return search.best()
+
+
+def slot_beams(backend, prompt, slots, n_past=0):
+    return SlotBeams(backend.forward, backend.copy_slot, prompt, slots, n_past)
 
 
 class TableBeams:
@@ -133,12 +146,35 @@ def test_a_text_may_be_stopped_by_what_it_says():
     assert all((2, 3) not in itertools.pairwise(each.token_ids[:-1]) for each in got)
 
 
-def test_an_interruption_gives_what_is_there():
-    asked = iter([None, None, "time"])
-    got = beam_search(
-        TableBeams(5), BeamParams(2, 2), max_new_tokens=50, eos_ids=frozenset(), interrupted=lambda: next(asked)
-    )
+def test_a_search_that_is_left_early_gives_what_is_there():
+    search = BeamSearch(TableBeams(5), BeamParams(2, 2), max_new_tokens=50, eos_ids=frozenset())
+    assert search.best() == []
+    assert [search.step() for _ in range(3)] == [True] * 3
+    got = search.best("time")
     assert [(len(each.token_ids), each.finish_reason) for each in got] == [(3, "time")] * 2
+    assert got[0].score == got[0].logprob / 3 >= got[1].score
+    assert search.step() and search.length == 4
+
+
+def test_a_step_that_fails_can_be_repeated():
+    class Failing(TableBeams):
+        fails = False
+
+        def advance(self, sources, tokens):
+            if self.fails:
+                raise InterruptedError
+            return super().advance(sources, tokens)
+
+    model = Failing(5)
+    search = BeamSearch(model, BeamParams(3, 3), max_new_tokens=5, eos_ids=EOS)
+    search.step()
+    model.fails = True
+    with pytest.raises(InterruptedError):
+        search.step()
+    model.fails = False
+    while search.step():
+        pass
+    assert search.best() == beam_search(TableBeams(5), BeamParams(3, 3), max_new_tokens=5, eos_ids=EOS)
 
 
 def test_when_everything_is_forbidden_it_says_so():
@@ -211,7 +247,7 @@ def test_beams_in_slots_have_the_bits_of_texts_computed_anew(model_file, kv_cach
             logits = alone.forward([token], [n + i], [0], [0])
         return logits[0]
 
-    beams = SlotBeams(backend(5), prompt, [3, 0, 4, 1])
+    beams = slot_beams(backend(5), prompt, [3, 0, 4, 1])
     assert (
         np.allclose(beams.start()[0], anew([]), atol=1e-4)
         if kv_cache == "float32"
@@ -245,7 +281,7 @@ def test_beams_stay_in_their_slots_and_copy_only_what_differs():
             return np.zeros((len(rows), 8), np.float32)
 
     recorder = Recorder()
-    beams = SlotBeams(recorder, [1, 2, 3], [0, 1, 2], n_past=2)
+    beams = slot_beams(recorder, [1, 2, 3], [0, 1, 2], n_past=2)
     beams.start()
     beams.advance([0, 0, 0], [4, 5, 6])
     assert recorder.copies == [(0, 1, 3, 0), (0, 2, 3, 0)]
@@ -256,13 +292,31 @@ def test_beams_stay_in_their_slots_and_copy_only_what_differs():
     assert recorder.copies == [(2, 0, 5, 3)]
 
 
+def test_beams_are_where_they_were_when_the_model_fails(model_file):
+    from edgellama.backends.cpu import CpuBackend
+    from edgellama.errors import CancelledError
+
+    backend = CpuBackend(model_file, 64, 3, n_threads=2)
+    params, prompt = BeamParams(3, 3), [1, 9, 30]
+    options = {"max_new_tokens": 10, "eos_ids": frozenset()}
+    expected = beam_search(slot_beams(backend, prompt, [0, 1, 2]), params, **options)
+    search = BeamSearch(slot_beams(backend, prompt, [0, 1, 2]), params, **options)
+    going = True
+    while going:
+        backend.cancel()
+        with pytest.raises(CancelledError):
+            search.step()
+        going = search.step()
+    assert search.best() == expected
+
+
 def test_a_prompt_that_is_partly_there_is_not_computed_again(model_file):
     from edgellama.backends.cpu import CpuBackend
 
     backend = CpuBackend(model_file, 64, 2, n_threads=2)
     prompt = [1, 9, 30, 77, 5]
-    expected = SlotBeams(backend, prompt, [0, 1]).start()
-    assert (SlotBeams(backend, prompt, [0, 1], n_past=3).start() == expected).all()
+    expected = slot_beams(backend, prompt, [0, 1]).start()
+    assert (slot_beams(backend, prompt, [0, 1], n_past=3).start() == expected).all()
 
 
 # -- transformers ----------------------------------------------------------------------------------------------------
@@ -328,7 +382,7 @@ def test_texts_and_scores_are_those_of_transformers(name, tmp_path):
                 scores = expected.sequences_scores.tolist()
                 params = BeamParams(num_beams, num_beams, penalty, early_stopping)
                 for backend in (reference, cpu):
-                    beams = SlotBeams(backend, prompt, range(num_beams))
+                    beams = slot_beams(backend, prompt, range(num_beams))
                     got = beam_search(beams, params, max_new_tokens=length, eos_ids=frozenset(eos))
                     for each in got:
                         finished += each.finish_reason == "stop"
