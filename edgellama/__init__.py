@@ -17,6 +17,7 @@ __version__ = "0.1.0"  # the one source; the build reads it from here
 
 if TYPE_CHECKING:
     from edgellama.errors import (
+        CancelledError,
         ConfigError,
         ContextError,
         ConvertError,
@@ -25,15 +26,18 @@ if TYPE_CHECKING:
         FormatError,
         TokenizerError,
     )
-    from edgellama.generate import Generation, Stream, Timings
+    from edgellama.generate import AsyncStream, CancelToken, Generation, Stream, Timings, TokenLogprob
     from edgellama.model import Llama, load
 
 _HOME = {  # public name -> the module that defines it
     "load": "edgellama.model",
     "Llama": "edgellama.model",
+    "AsyncStream": "edgellama.generate",
+    "CancelToken": "edgellama.generate",
     "Generation": "edgellama.generate",
     "Stream": "edgellama.generate",
     "Timings": "edgellama.generate",
+    "TokenLogprob": "edgellama.generate",
     "EdgellamaError": "edgellama.errors",
     "FormatError": "edgellama.errors",
     "ConfigError": "edgellama.errors",
@@ -41,9 +45,13 @@ _HOME = {  # public name -> the module that defines it
     "TokenizerError": "edgellama.errors",
     "ContextError": "edgellama.errors",
     "DeviceError": "edgellama.errors",
+    "CancelledError": "edgellama.errors",
 }
 
 __all__ = [
+    "AsyncStream",
+    "CancelToken",
+    "CancelledError",
     "ConfigError",
     "ContextError",
     "ConvertError",
@@ -54,6 +62,7 @@ __all__ = [
     "Llama",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "TokenizerError",
     "__version__",
     "load",

@@ -48,10 +48,10 @@ class FakeFile:
 class FakeBackend:
     """Logits 10 for (token + 1) % VOCAB, else 0; `script` overrides the next tokens. Records every call."""
 
-    n_slots = 1
+    batch_invariant = True
 
-    def __init__(self, n_ctx=64, script=(), delay=0.0):
-        self.n_ctx = n_ctx
+    def __init__(self, n_ctx=64, script=(), delay=0.0, n_slots=1):
+        self.n_ctx, self.n_slots = n_ctx, n_slots
         self.script = list(script)
         self.delay = delay
         self.calls = []
@@ -71,7 +71,7 @@ class FakeBackend:
                 raise CancelledError("cancelled")
             logits = np.zeros((len(rows), VOCAB), np.float32)
             logits[np.arange(len(rows)), (tokens[rows] + 1) % VOCAB] = 10
-            if self.script:
+            if self.script and len(rows):
                 logits[-1] = 0
                 logits[-1, self.script.pop(0)] = 10
             return logits
@@ -109,9 +109,9 @@ class FakeDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def fake_llama(script=(), *, n_ctx=64, delay=0.0, files=None, **config):
+def fake_llama(script=(), *, n_ctx=64, delay=0.0, n_slots=1, files=None, **config):
     """A Llama over fakes; `.backend` is the FakeBackend."""
-    backend = FakeBackend(n_ctx, script, delay)
+    backend = FakeBackend(n_ctx, script, delay, n_slots)
     llm = Llama(FakeFile(files, **config), backend)
     llm._tokenizer = FakeTokenizer()
     llm.backend = backend

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from edgellama.errors import ConfigError, EdgellamaError
-from edgellama.sampling import Sampler, SamplingParams, draw, min_p, top_k, top_p
+from edgellama.sampling import Sampler, SamplingParams
+from edgellama.sampling.filters import draw, min_p, top_k, top_p
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2], np.float32))
 

@@ -33,6 +33,11 @@ class Backend(Protocol):
         """Sequences the cache holds."""
 
     @property
+    def batch_invariant(self) -> bool:
+        """Whether the bits of a token's keys, values and logits depend on the tokens before it only: not on what else
+        is in the call, nor on how a sequence was cut into calls. Then a cache may be reused without anyone noticing."""
+
+    @property
     def kv_cache(self) -> str:
         """What the cache holds: "float16", "int8" or "float32"."""
 

@@ -172,6 +172,23 @@ class ModelFile:
         if progress is not None:
             progress(prologue.data_length, prologue.data_length)
 
+    def read_ahead(self, progress: Callable[[int, int], None]) -> None:
+        """Read the whole file once, so that it is in the system's memory when the map is used.
+
+        `progress(done, total)` is told bytes, and may raise to end it. EdgellamaError: the disk fails.
+        """
+        self._open_map()
+        source = self._source
+        assert source is not None
+        try:
+            for offset in range(0, self.size, _CHUNK):
+                source.read(offset, min(_CHUNK, self.size - offset))
+                progress(min(offset + _CHUNK, self.size), self.size)
+        except FormatError as error:
+            raise at_path(error, self.path) from None
+        except OSError as error:
+            raise EdgellamaError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+
     def close(self) -> None:
         """Release the map, or leave it to the last array that still uses it. Closing twice is fine."""
         source, self._source = self._source, None
