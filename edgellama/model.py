@@ -18,14 +18,14 @@ import numpy as np
 from edgellama.errors import ConfigError, ContextError, DeviceError, EdgellamaError, TokenizerError
 from edgellama.generate import AsyncStream, CancelToken, GenerateOptions, Generation, Stream
 from edgellama.generate.engine import Batch, Engine
-from edgellama.generate.logprobs import LogprobRecorder
-from edgellama.generate.reply import NoText, Reply, TextDecoder
+from edgellama.generate.prompts import Ids, Prompts, check_ids, read_prompts
+from edgellama.generate.replies import make_replies
 from edgellama.generate.request import Request, id_set, integer
 from edgellama.generate.slots import Slot
 from edgellama.generate.stream import Call, Stepper
 from edgellama.memory import available_bytes
 from edgellama.paths import find_model
-from edgellama.sampling import Sampler, SamplingParams
+from edgellama.sampling import SamplingParams
 from edgellama.sizing import choose_n_ctx, choose_n_slots, kv_bytes_per_token
 
 if TYPE_CHECKING:
@@ -37,15 +37,9 @@ if TYPE_CHECKING:
 DEVICES = ("cpu", "auto", "reference", "cuda")
 KV_CACHES = ("float16", "int8")
 DEFAULT_MAX_NEW_TOKENS = 256
-
-# The tail of the prompt that the text decoder sees: enough that the reply's first word keeps its leading space.
-_PRIME_TOKENS = 16
 _POLL_S = 0.05  # how soon a call that waits for its turn sees that it was cancelled
 
 _log = logging.getLogger("edgellama")
-
-Ids = Sequence[int] | np.ndarray
-Prompts = Sequence[str] | Sequence[Ids]
 
 
 def load(
@@ -117,9 +111,7 @@ def load(
     return Llama(file, backend, notes=notes, load_s=load_s, prefix_reuse=prefix_reuse)
 
 
-def _read_ahead(
-    file: "ModelFile", free: int | None, cancel: CancelToken, progress: Callable[[float], None]
-) -> None:
+def _read_ahead(file: "ModelFile", free: int | None, cancel: CancelToken, progress: Callable[[float], None]) -> None:
     """Have the system read the file into memory, where it fits."""
     progress(0.0)
     if free is not None and file.size > free:
@@ -276,7 +268,7 @@ class Llama:
         self._release()
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str, but comes first
         self,
         prompt: str | Ids,
         max_new_tokens: int | None = None,
@@ -286,7 +278,7 @@ class Llama:
     ) -> Generation: ...
 
     @overload
-    def generate(  # a str is a sequence of str, but comes first
+    def generate(
         self,
         prompt: Prompts,
         max_new_tokens: int | None = None,
@@ -340,13 +332,27 @@ class Llama:
         started = time.perf_counter()
         request = Request.of(options)
         params = self.defaults.override(**cast(Any, request.sampling))
-        limit = self._default_max_new_tokens() if max_new_tokens is None else integer("max_new_tokens", max_new_tokens, 1)
-        prompts, several = self._read_prompts(prompt)
+        if max_new_tokens is None:
+            max_new_tokens = self._default_max_new_tokens()
+        prompts, several = read_prompts(prompt, self._encode, self._check_ids, self.n_ctx)
         several = several or request.num_return_sequences > 1
         if stream and (several or request.num_beams > 1):
             raise ValueError("stream=True takes one prompt, one reply to it, and no beams")
+        is_about_text = bool(request.stop or request.constraint or request.echo)
+        replies = make_replies(
+            prompts,
+            request,
+            params,
+            max_new_tokens=integer("max_new_tokens", max_new_tokens, 1),
+            eos_ids=self.eos_ids if request.eos_token_id is None else request.eos_token_id,
+            tokenizer=self.tokenizer if self._has_tokenizer() or is_about_text else None,
+            n_ctx=self.n_ctx,
+            vocab_size=self.config.vocab_size,
+            load_s=self.load_s,
+            started=started,
+        )
         call = Call(
-            self._make_replies(prompts, request, params, limit, started),
+            replies,
             lambda call: self._start(call, request),
             acquire=self._begin,
             release=self._end,
@@ -387,53 +393,6 @@ class Llama:
         return f"<Llama {self.file.path} ({state})>"
 
     # -- a call's way through ------------------------------------------------------------------------------------
-
-    def _make_replies(
-        self,
-        prompts: Sequence[tuple[str | None, np.ndarray]],
-        request: Request,
-        params: SamplingParams,
-        max_new_tokens: int,
-        started: float,
-    ) -> list[Reply]:
-        eos_ids = self.eos_ids if request.eos_token_id is None else request.eos_token_id
-        # Asking for the tokenizer raises where there is none: those options are about text.
-        tokenizer = self.tokenizer if self._has_tokenizer() or request.stop or request.constraint else None
-        constraint = None
-        if request.constraint:
-            from edgellama.constraint import make_constraint
-
-            constraint = make_constraint(tokenizer, eos_ids, self.config.vocab_size, **request.constraint)
-        recorder = LogprobRecorder(tokenizer, request.top_logprobs) if request.logprobs else None
-        replies = []
-        for text, ids in prompts:
-            echo = None
-            if request.echo:
-                echo = tokenizer.decode(ids, skip_special_tokens=True) if text is None and tokenizer else text or ""
-            room = max_new_tokens if request.on_full == "slide" else min(max_new_tokens, self.n_ctx - ids.size)
-            for _ in range(request.num_return_sequences):
-                index = len(replies)
-                own = None if constraint is None else constraint.fork()
-                seeded = params if params.seed is None else params.override(seed=params.seed + index)
-                sampler = Sampler(
-                    seeded, prompt_ids=ids, eos_ids=eos_ids, processors=request.logits_processor, constraint=own
-                )
-                reply = Reply(
-                    ids,
-                    sampler,
-                    self._text_decoder(ids),
-                    max_new_tokens=room,
-                    eos_ids=eos_ids,
-                    stops=request.stop,
-                    logprobs=recorder,
-                    echo=echo,
-                    is_complete=None if own is None else lambda own=own: own.finished,
-                    index=index,
-                    load_s=self.load_s,
-                    started=started,
-                )
-                replies.append(reply)
-        return replies
 
     def _start(self, call: Call, request: Request) -> Stepper:
         """With the model acquired: what runs the call's replies. The one place where other ways of decoding plug in."""
@@ -490,34 +449,6 @@ class Llama:
             raise ConfigError(f"generation_config.json: max_new_tokens must be a positive integer, got {value!r}")
         return value
 
-    def _read_prompts(self, prompt: object) -> tuple[list[tuple[str | None, np.ndarray]], bool]:
-        """(text or None, ids int32 [T]) of each prompt, and whether it was a list of them."""
-        self._check_open()
-        if isinstance(prompt, str):
-            several, each = False, [prompt]
-        elif getattr(prompt, "ndim", 1) == 2:
-            several, each = True, list(cast(Any, prompt))
-        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], str | Sequence | np.ndarray):
-            several, each = True, list(prompt)
-        else:
-            several, each = False, [prompt]
-        return [self._read_prompt(one, f"prompt {i}" if several else "the prompt") for i, one in enumerate(each)], several
-
-    def _read_prompt(self, prompt: object, name: str) -> tuple[str | None, np.ndarray]:
-        try:
-            text = prompt if isinstance(prompt, str) else None
-            ids = self._check_ids(prompt) if text is None else self._encode(text)
-        except (EdgellamaError, ValueError, TypeError) as error:
-            if name == "the prompt":
-                raise
-            raise type(error)(f"{name}: {error}") from None
-        if ids.size >= self.n_ctx:
-            raise ContextError(
-                f"{name} has {ids.size} tokens, the context {self.n_ctx}: nothing would be left for an answer; "
-                "shorten the prompt or raise n_ctx (-c)"
-            )
-        return text, ids
-
     def _encode(self, text: str) -> np.ndarray:
         try:
             text.encode()
@@ -534,32 +465,10 @@ class Llama:
     def _has_tokenizer(self) -> bool:
         return self._tokenizer is not None or bool({"tokenizer.json", "tokenizer.model"} & set(self.file.files))
 
-    def _text_decoder(self, prompt_ids: np.ndarray) -> TextDecoder:
-        if not self._has_tokenizer():
-            return NoText()  # ids in, ids out
-        return self.tokenizer.stream(skip_special_tokens=True, after=prompt_ids[-_PRIME_TOKENS:].tolist())
-
     def _check_ids(self, ids: object) -> np.ndarray:
         """`ids` as int32 [T], every one in the vocabulary."""
         self._check_open()
-        if isinstance(ids, str):
-            raise TypeError("input_ids must be integers; encode text with llm.tokenizer.encode(text)")
-        array = np.asarray(ids)
-        if array.size == 0:
-            raise ValueError("there are no tokens: the prompt is empty")
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"input_ids must be integers, got {array.dtype}")
-        if array.ndim == 2 and array.shape[0] == 1:  # a batch of one, as transformers' tokenizers return it
-            array = array[0]
-        if array.ndim != 1:
-            raise ValueError(f"input_ids must have one dimension, got shape {array.shape}")
-        bad = (array < 0) | (array >= self.config.vocab_size)
-        if bad.any():
-            where = int(bad.argmax())
-            raise ValueError(
-                f"input_ids[{where}] is {array[where]}, outside the vocabulary of {self.config.vocab_size} tokens"
-            )
-        return array.astype(np.int32)
+        return check_ids(ids, self.config.vocab_size)
 
 
 __all__ = ["Llama", "choose_n_ctx", "kv_bytes_per_token", "load"]

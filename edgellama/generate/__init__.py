@@ -1,9 +1,10 @@
 """From prompts to replies: the options, the engine that runs many at once, and what a caller gets.
 
-    results   what a call gives back                 request   what a caller asks for, checked
-    reply     one reply in the making                stream    a call as it runs: to the end or piece by piece
-    stops     stop strings in pieces of text         cancel    the token that stops it
-    slots     who sits where in the cache            engine    forward passes that many replies share
+    request, prompts    what a caller asks for, checked       replies    from that to what runs
+    results             what a caller gets                    reply      one reply in the making
+    cancel              the token that stops a call           stream     a call as it runs, piece by piece
+    slots               who sits where in the cache           engine     passes that many replies share
+    stops, logprobs     stop strings in pieces of text; log-probabilities with text
 
 Knows a backend as numbers in, logits out. Does not know weights, devices or files, nor how a token is chosen.
 """

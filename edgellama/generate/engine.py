@@ -1,9 +1,9 @@
 """The engine: several replies share each forward pass, and the cache's slots.
 
-`Engine` is the one way to a backend: it keeps the slots' books and makes a pass end on request. `Batch` runs the replies
-of one call: every pass takes one token of each reply that is being decoded and as much of the prompts as fits beside
-them; who has ended leaves its slot to the next in line (continuous batching). The backend's bits do not depend on what
-shares a pass, so every reply is what it would be alone. Does not know text, locks, or who calls.
+`Engine` is the way to a backend: it keeps the slots' books and makes a pass end on request. `Batch` runs the replies of
+one call: every pass takes one token of each reply that is being decoded and as much of the prompts as fits beside them;
+who has ended leaves its slot to the next in line (continuous batching). Where the backend's bits do not depend on what
+shares a pass, every reply is what it would be alone. Does not know text, locks, or who calls.
 """
 
 import time
@@ -62,7 +62,7 @@ class Engine:
                 cancel.unlink(self._abort)
 
     def extend(self, slot: Slot, ids: np.ndarray, keep: int, cancel: CancelToken | None = None) -> np.ndarray:
-        """Run `ids` int32 [T] in one pass after what is in `slot`; float32 [keep, vocab_size], the last ones' logits."""
+        """Run `ids` int32 [T] in one pass after what is in `slot`; the logits of the last `keep`."""
         end = slot.n + ids.size
         positions = np.arange(slot.n, end, dtype=np.int32)
         rows = np.arange(ids.size - keep, ids.size, dtype=np.int32)
@@ -180,10 +180,10 @@ class Batch:
 
     def _book(self, parts: list[tuple[Reply, int, int]], logits: np.ndarray, passed: float) -> None:
         """Note what is in the cache now, before anything else can fail; then a token for whom a row of logits is."""
-        row = 0
         for reply, start, end in parts:
             assert reply.slot is not None
             reply.slot.record(reply.ids[start:end], self._slots.length_class(end))
+        row = 0
         for reply, start, end in parts:
             if not reply.token_ids:
                 reply.prefill_s += passed
@@ -194,7 +194,7 @@ class Batch:
             if last:
                 reply.take(logits[row])
                 row += 1
-                if reply.finish_reason is not None:
+                if reply.finish_reason is not None and reply.slot is not None:
                     self._slots.release(reply.slot)
 
     def _tell(self, parts: list[tuple[Reply, int, int]]) -> None:

@@ -4,15 +4,12 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from edgellama.generate.cancel import CancelToken
 from edgellama.sampling import SamplingOptions
-
-if TYPE_CHECKING:
-    from edgellama.model import Llama
 
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(ids int32 [T], prompt and reply so far; logits float32 [vocab_size], a copy) -> logits."""
@@ -33,7 +30,7 @@ class GenerateOptions(SamplingOptions, total=False):
     length_penalty: float | None
     early_stopping: bool | Literal["never"] | None
     prompt_lookup_num_tokens: int | None
-    draft_model: "Llama | None"
+    draft_model: Any  # a Llama: this module is below it
     json_schema: str | Mapping[str, Any] | None
     regex: str | None
     choice: Sequence[str] | None
@@ -59,7 +56,7 @@ class Request:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     prompt_lookup_num_tokens: int | None = None
-    draft_model: "Llama | None" = None
+    draft_model: Any = None
     json_schema: str | Mapping[str, Any] | None = None
     regex: str | None = None
     choice: Sequence[str] | None = None
@@ -150,7 +147,7 @@ def _seconds(name: str, value: object) -> float:
 
 def id_set(name: str, value: object) -> frozenset[int]:
     """One id or several; an empty list is no id at all."""
-    values = value if isinstance(value, Sequence | frozenset | set | np.ndarray) else [value]
+    values: Any = value if isinstance(value, Sequence | frozenset | set | np.ndarray) else [value]
     try:
         if any(isinstance(each, bool | str) for each in values):
             raise TypeError
@@ -163,7 +160,7 @@ def _processors(name: str, value: object) -> tuple[LogitsProcessor, ...]:
     processors = (value,) if callable(value) else tuple(value) if isinstance(value, Sequence) else (None,)
     if not all(callable(each) for each in processors):
         raise TypeError(f"{name} must be a function (ids, logits) -> logits or a list of them, got {value!r}")
-    return processors  # type: ignore[return-value]
+    return processors
 
 
 def _one_of(*choices: object) -> Callable[[str, object], Any]:

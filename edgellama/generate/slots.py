@@ -101,7 +101,7 @@ class SlotTable:
         oldest = min((slot for slot in free if slot is not source), key=lambda slot: (slot.n > 0, slot.last_used))
         oldest.n = 0
         if source is not None and self.copies and n >= MIN_SHARED:
-            self._backend.copy_slot(source.index, oldest.index, n)  # type: ignore[attr-defined]
+            self._backend.copy_slot(source.index, oldest.index, n)
             oldest.record(source.tokens[:n], source.classes[:n])
         return self._occupied(oldest)
 

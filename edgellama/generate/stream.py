@@ -144,7 +144,7 @@ class AsyncStream(AsyncIterator[str]):
     """A running reply for `async for`; its steps run in a thread of its own, one for each piece that is asked for.
 
     So the event loop is free meanwhile, and nothing is made that nobody takes. Cancelling the task that waits for a
-    piece cancels the reply, and returns once the model is free. Leaving the loop early: use `async with`, or `aclose()`.
+    piece cancels the reply, and returns once the model is free. Who may leave the loop early uses `async with`.
     """
 
     def __init__(self, make: Callable[[], Stream]):

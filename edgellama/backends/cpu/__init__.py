@@ -43,6 +43,8 @@ class CpuBackend:
     on `n_threads`, not on `prefill_chunk`, not on what shares the batch.
     """
 
+    batch_invariant = True
+
     def __init__(
         self,
         model_file: ModelFile,
