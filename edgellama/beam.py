@@ -3,8 +3,7 @@
 The algorithm and its results are those of transformers' `generate(num_beams=...)`; it has been described often, e.g. in
 Freitag and Al-Onaizan, "Beam Search Strategies for Neural Machine Translation" (2017). Nothing is drawn at random.
 
-`BeamSearch` knows scores and tokens; the model is a `Beams`. `SlotBeams` is one over a backend: a beam lives in a slot
-of the cache, stays there as long as it goes on, and only what sets it apart is copied where it splits.
+Knows scores and tokens. The model is a `Beams`, what may be said a `Guide`; where beams live is not known here.
 
 Ties, here as in every other choice, go to what comes first: the better beam of the step before, then the lower id.
 (transformers leaves them to `torch.topk`.) Scores are summed in float64, transformers' in float32, so where two beams
@@ -20,9 +19,6 @@ import numpy as np
 
 from edgellama.errors import EdgellamaError
 from edgellama.logprob import log_softmax
-
-Processor = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(ids int32 [T], prompt and beam; log-probabilities float32 [vocab_size], its own) -> those to use instead."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +83,35 @@ class Beams(Protocol):
         """
 
 
+class Guide(Protocol):
+    """Penalties, bans and constraints of one beam. Not changed by what is called."""
+
+    def adjust(self, logprobs: np.ndarray) -> np.ndarray:
+        """float32 [vocab_size], left as they are -> what to use instead; -inf forbids a token."""
+
+    def after(self, token: int) -> "Guide":
+        """The guide of this beam with one more token."""
+
+    @property
+    def finished(self) -> bool:
+        """Nothing may follow."""
+
+
 @dataclass(frozen=True)
 class _Beam:
-    """A text not yet finished; `source` is the number of the beam that it continues."""
+    """A text in the making; `source` is the number of the beam that it continues."""
 
     tokens: tuple[int, ...]
     logprob: float
     source: int
+    guide: Guide | None
 
 
 class BeamSearch:
     """One search: `step` until it says False, then (or at any time) `best`.
 
-    `processors` change the log-probabilities before they are added up, each beam's by itself; `stop(new ids)` says that
-    a text is finished though it has no end-of-text id.
+    The `guide` changes log-probabilities before they are added up, as transformers' logits processors do; `stop(new
+    ids)` says that a text is finished though it has no end-of-text id.
     """
 
     def __init__(
@@ -110,14 +121,12 @@ class BeamSearch:
         *,
         max_new_tokens: int,
         eos_ids: frozenset[int],
-        prompt_ids: Sequence[int] | np.ndarray = (),
-        processors: Sequence[Processor] = (),
+        guide: Guide | None = None,
         stop: Callable[[tuple[int, ...]], bool] | None = None,
     ):
         self._beams, self._params, self._max_new_tokens = beams, params, max_new_tokens
-        self._eos_ids, self._processors, self._stop = eos_ids, processors, stop
-        self._prompt = np.asarray(prompt_ids, np.int32)
-        self._running = [_Beam((), 0.0, 0)]
+        self._eos_ids, self._stop = eos_ids, stop
+        self._running = [_Beam((), 0.0, 0, guide)]
         self._finished: list[Hypothesis] = []
         self.length = 0
         """New tokens of the running beams."""
@@ -136,12 +145,12 @@ class BeamSearch:
         else:
             logits = self._beams.advance([beam.source for beam in running], [beam.tokens[-1] for beam in running])
         self.length += 1
-        scores = _continuations(logits, running, self._prompt, self._processors)
+        scores = _continuations(logits, running)
         # So many that num_beams of them go on even if every beam's best ones all end.
         candidates = _best(scores, running, max(2, 1 + len(self._eos_ids)) * params.num_beams)
         going, ended = [], []
         for rank, beam in enumerate(candidates):
-            reason = self._finish_reason(beam.tokens)
+            reason = self._finish_reason(beam)
             if reason is None:
                 going.append(beam)
             elif rank < params.num_beams:  # those further down are there to replace the ended ones only
@@ -166,8 +175,11 @@ class BeamSearch:
         score = beam.logprob / len(beam.tokens) ** self._params.length_penalty
         return Hypothesis(beam.tokens, score, beam.logprob, reason)
 
-    def _finish_reason(self, tokens: tuple[int, ...]) -> str | None:
+    def _finish_reason(self, beam: _Beam) -> str | None:
+        tokens = beam.tokens
         if tokens[-1] in self._eos_ids or (self._stop is not None and self._stop(tokens)):
+            return "stop"
+        if beam.guide is not None and beam.guide.finished:
             return "stop"
         return "length" if len(tokens) == self._max_new_tokens else None
 
@@ -183,18 +195,13 @@ class BeamSearch:
         return possible <= self._finished[-1].score
 
 
-def _continuations(
-    logits: np.ndarray, running: Sequence[_Beam], prompt: np.ndarray, processors: Sequence[Processor]
-) -> np.ndarray:
+def _continuations(logits: np.ndarray, running: Sequence[_Beam]) -> np.ndarray:
     """float64 [B, vocab_size]: the log-probability of each beam with each next token."""
     scores = log_softmax(logits)
-    if processors:
-        for i, beam in enumerate(running):
-            ids, changed = np.append(prompt, np.array(beam.tokens, np.int32)), scores[i].astype(np.float32)
-            for process in processors:
-                changed = process(ids, changed)
-            scores[i] = changed
-    scores += np.array([[beam.logprob] for beam in running])
+    for row, beam in zip(scores, running, strict=True):
+        if beam.guide is not None:
+            row[:] = beam.guide.adjust(row.astype(np.float32))
+        row += beam.logprob
     return scores
 
 
@@ -207,82 +214,11 @@ def _best(scores: np.ndarray, running: Sequence[_Beam], k: int) -> list[_Beam]:
     found = []
     for index in order.tolist():
         source, token = divmod(index, scores.shape[1])
-        found.append(_Beam((*running[source].tokens, token), float(flat[index]), source))
+        parent = running[source]
+        guide = parent.guide and parent.guide.after(token)
+        found.append(_Beam((*parent.tokens, token), float(flat[index]), source, guide))
     return found
 
 
 def _ranked(hypotheses: list[Hypothesis], n: int) -> list[Hypothesis]:
     return sorted(hypotheses, key=lambda each: -each.score)[:n]
-
-
-class SlotBeams:
-    """Beams in slots of a backend's cache; `forward` and `copy_slot` are the backend's (or wrap them).
-
-    `contents`: slot -> the ids whose keys and values it holds, true at any time. `slots[0]` holds the first `n_past` of
-    `prompt_ids` at the start; what the others hold is lost. There must be as many slots as beams.
-    """
-
-    def __init__(
-        self,
-        forward: Callable[..., np.ndarray],
-        copy_slot: Callable[..., None],
-        prompt_ids: Sequence[int],
-        slots: Sequence[int],
-        n_past: int = 0,
-    ):
-        self._forward, self._copy_slot, self._prompt = forward, copy_slot, list(prompt_ids)
-        self._places = [slots[0]]  # beam -> slot
-        self.contents: dict[int, list[int]] = {slot: [] for slot in slots}
-        self.contents[slots[0]] = self._prompt[:n_past]
-
-    def start(self) -> np.ndarray:
-        """See `Beams.start`."""
-        slot, n_past = self._places[0], len(self.contents[self._places[0]])
-        new = np.array(self._prompt[n_past:], np.int32)
-        positions = np.arange(n_past, n_past + new.size, dtype=np.int32)
-        last = np.array([new.size - 1], np.int32)
-        logits = self._forward(new, positions, np.full(new.size, slot, np.int32), last)
-        self.contents[slot] = list(self._prompt)
-        return logits
-
-    def advance(self, sources: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-        """See `Beams.advance`."""
-        places = self._places_for(sources)
-        n_past = len(self.contents[places[0]])
-        logits = self._forward(
-            np.array(tokens, np.int32),
-            np.full(len(tokens), n_past, np.int32),
-            np.array(places, np.int32),
-            np.arange(len(tokens), dtype=np.int32),
-        )
-        self._places = places
-        for slot, token in zip(places, tokens, strict=True):
-            self.contents[slot].append(token)
-        return logits
-
-    def _places_for(self, sources: Sequence[int]) -> list[int]:
-        """A slot for each beam i with the keys and values of beam `sources[i]`.
-
-        Its first heir stays in its slot, others get copies in slots of beams without heirs.
-        """
-        parents = [self._places[source] for source in sources]
-        heirs = {slot: i for i, slot in reversed(list(enumerate(parents)))}
-        free = [slot for slot in self.contents if slot not in heirs]
-        places = []
-        for i, parent in enumerate(parents):
-            if heirs[parent] == i:
-                places.append(parent)
-                continue
-            # The slot that has the most in common with it: equal ids behind equal ids have equal keys and values.
-            ids = self.contents[parent]
-            shared, slot = max((_shared(ids, self.contents[slot]), -slot) for slot in free)
-            free.remove(-slot)
-            self._copy_slot(parent, -slot, len(ids), start=shared)
-            self.contents[-slot] = list(ids)
-            places.append(-slot)
-        return places
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids at the beginning are the same."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

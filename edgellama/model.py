@@ -397,6 +397,12 @@ class Llama:
     def _start(self, call: Call, request: Request) -> Stepper:
         """With the model acquired: what runs the call's replies. The one place where other ways of decoding plug in."""
         deadline = None if request.max_time is None else time.perf_counter() + request.max_time
+        if request.num_beams > 1:
+            from edgellama.generate.beams import beam_batch
+
+            return beam_batch(
+                self._engine, call.replies, request, self._tokenizer, cancel=call.cancel, deadline=deadline
+            )
         return Batch(
             self._engine,
             call.replies,
