@@ -4,13 +4,14 @@ Knows: the file, one backend, who may use it now, and where in the cache the las
 forward pass is computed (`backends`), what a file looks like (`format`), how replies come about (`generate`).
 """
 
+import contextlib
 import gc
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import numpy as np
@@ -403,6 +404,12 @@ class Llama:
             return beam_batch(
                 self._engine, call.replies, request, self._tokenizer, cancel=call.cancel, deadline=deadline
             )
+        if request.prompt_lookup_num_tokens or request.draft_model is not None:
+            from edgellama.generate.speculate import speculative_batch
+
+            if request.draft_model is self or not isinstance(request.draft_model, Llama | None):
+                raise ValueError("draft_model must be another model, opened with edgellama.load")
+            return speculative_batch(self._engine, call.replies, request, cancel=call.cancel, deadline=deadline)
         return Batch(
             self._engine,
             call.replies,
@@ -475,6 +482,19 @@ class Llama:
         """`ids` as int32 [T], every one in the vocabulary."""
         self._check_open()
         return check_ids(ids, self.config.vocab_size)
+
+    # -- beyond generate -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lent(self, cancel: CancelToken | None = None) -> Iterator[Engine]:
+        """The engine, for what is no call of `generate`: calls of others wait, and its slots are all free."""
+        self._acquire(cancel)
+        self._cursor = None
+        self._engine.slots.begin()
+        try:
+            yield self._engine
+        finally:
+            self._release()
 
 
 __all__ = ["Llama", "choose_n_ctx", "kv_bytes_per_token", "load"]
