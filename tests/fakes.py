@@ -4,6 +4,7 @@ Ids: 0 <s>, 1 </s>, 2.. the letters a..z, then 28 half a "é" (its first byte) a
 """
 
 import codecs
+import hashlib
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 from edgellama.config import LlamaConfig
 from edgellama.errors import CancelledError
 from edgellama.model import Llama
+from edgellama.rope import length_class
 
 VOCAB = 30
 LETTERS = {2 + index: bytes([97 + index]) for index in range(26)} | {28: b"\xc3", 29: b"\xa9"}
@@ -85,6 +87,44 @@ class FakeBackend:
         self.closed = True
 
 
+class HashBackend:
+    """Logits depend on every token before, on where each lies and on the length of the call that wrote it.
+
+    So whatever is reused, copied or left over wrongly shows: a position's "key" is a hash of its own content and the
+    position before. Asserts that nothing is read that was not written. Records the tokens of each call.
+    """
+
+    batch_invariant = True
+
+    def __init__(self, config, n_ctx=64, n_slots=3):
+        self.config, self.n_ctx, self.n_slots = config, n_ctx, n_slots
+        self.keys = [[None] * n_ctx for _ in range(n_slots)]
+        self.calls, self.copies = [], []
+        self.before_forward = lambda: None
+
+    def forward(self, tokens, positions, slots, rows):
+        self.before_forward()
+        self.calls.append(list(zip(slots.tolist(), positions.tolist(), tokens.tolist(), strict=True)))
+        length = {slot: 1 + max(at for s, at, _ in self.calls[-1] if s == slot) for slot in slots.tolist()}
+        made = []
+        for slot, at, token in self.calls[-1]:
+            before = self.keys[slot][at - 1] if at else ""
+            assert before is not None, "reads what nobody wrote"
+            text = f"{before} {at} {token} {length_class(self.config, length[slot])}"
+            self.keys[slot][at] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            made.append(self.keys[slot][at])
+        logits = [np.random.default_rng(int(made[row], 16)).normal(size=VOCAB) for row in rows]
+        return np.array(logits, np.float32).reshape(-1, VOCAB)
+
+    def copy_slot(self, source, target, n, start=0):
+        self.copies.append((source, target, n))
+        assert None not in self.keys[source][:n]
+        self.keys[target][start:n] = self.keys[source][start:n]
+
+    def close(self):
+        pass
+
+
 class FakeTokenizer:
     """Letters only; a decoder that holds back half characters."""
 
@@ -113,6 +153,16 @@ def fake_llama(script=(), *, n_ctx=64, delay=0.0, n_slots=1, files=None, **confi
     """A Llama over fakes; `.backend` is the FakeBackend."""
     backend = FakeBackend(n_ctx, script, delay, n_slots)
     llm = Llama(FakeFile(files, **config), backend)
+    llm._tokenizer = FakeTokenizer()
+    llm.backend = backend
+    return llm
+
+
+def hash_llama(*, n_ctx=64, n_slots=3, prefix_reuse=None, **config):
+    """A Llama over a HashBackend, `.backend`; it has 30 tokens, of which 1 ends a text."""
+    file = FakeFile(**config)
+    backend = HashBackend(file.config, n_ctx, n_slots)
+    llm = Llama(file, backend, prefix_reuse=prefix_reuse)
     llm._tokenizer = FakeTokenizer()
     llm.backend = backend
     return llm

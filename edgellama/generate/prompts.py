@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from edgellama.errors import ContextError, EdgellamaError
+from edgellama.errors import ContextError, EdgellamaError, TokenizerError
 
 Ids = Sequence[int] | np.ndarray
 Prompts = Sequence[str] | Sequence[Ids]
+_KINDS = (TokenizerError, EdgellamaError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,11 @@ def _read(
     text = prompt if isinstance(prompt, str) else None
     try:
         ids = check(prompt) if text is None else encode(text)
-    except (EdgellamaError, ValueError, TypeError) as error:
+    except _KINDS as error:
         if not name:
             raise
-        raise type(error)(f"{name}: {error}") from None
+        kind = next(kind for kind in _KINDS if isinstance(error, kind))
+        raise kind(f"{name}: {error}") from None
     if ids.size >= n_ctx:
         raise ContextError(
             f"{name or 'the prompt'} has {ids.size} tokens, the context {n_ctx}: nothing would be left for an answer; "
