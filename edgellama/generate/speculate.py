@@ -3,11 +3,12 @@ that they follow, and are taken as far as the sampler chooses the same. Rejected
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, ExitStack
+from typing import Protocol
 
 import numpy as np
 
+from edgellama.config import LlamaConfig
 from edgellama.errors import CancelledError
 from edgellama.generate.cancel import CancelToken
 from edgellama.generate.engine import Batch, Engine, Progress
@@ -15,9 +16,6 @@ from edgellama.generate.reply import Reply
 from edgellama.generate.request import Request
 from edgellama.generate.slots import Slot, common_prefix
 from edgellama.speculative import Draft, ModelDraft, PromptLookup
-
-if TYPE_CHECKING:
-    from edgellama.model import Llama
 
 
 class SpeculativeBatch(Batch):
@@ -114,13 +112,21 @@ def _is_prefill(reply: Reply) -> bool:
     return len(reply.ids) - reply.slot.n > 1
 
 
+class Lender(Protocol):
+    """What is needed of a draft model: a `Llama`."""
+
+    config: LlamaConfig
+
+    def lent(self, cancel: CancelToken | None = None) -> AbstractContextManager[Engine]: ...
+
+
 class DraftModel:
     """Another model's engine, its slots lent to the replies of one call. `close` gives the model back.
 
     A reply keeps its slot to its end; one that finds none has no guesses.
     """
 
-    def __init__(self, llm: "Llama", cancel: CancelToken):
+    def __init__(self, llm: Lender, cancel: CancelToken):
         self._cancel, self._stack = cancel, ExitStack()
         self._engine = self._stack.enter_context(llm.lent(cancel))
         self._slots: list[tuple[Reply, Slot]] = []
