@@ -64,9 +64,7 @@ class SlotBeams:
             # The slot that has the most in common with it: equal ids behind equal ids have equal keys and values.
             slot = max(free, key=lambda slot: _shared(parent, slot))
             free.remove(slot)
-            slot.n = _shared(parent, slot)
-            self._engine.backend.copy_slot(parent.index, slot.index, parent.n, start=slot.n)
-            slot.record(parent.tokens[slot.n :], parent.classes[slot.n :])
+            self._engine.slots.copy(parent, slot, parent.n)
             places.append(slot)
         return places
 

@@ -153,8 +153,6 @@ class DraftModel:
             return None
         tokens = np.array(ids, np.int32)
         slot.n = min(common_prefix(slot.tokens, tokens), len(ids) - 1)
-        while len(ids) - slot.n > engine.chunk:
-            engine.extend(slot, tokens[slot.n : slot.n + engine.chunk], 0, self._cancel)
         return engine.extend(slot, tokens[slot.n :], 1, self._cancel)[0]
 
 
