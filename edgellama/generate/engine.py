@@ -46,15 +46,33 @@ class Engine:
         cancel: CancelToken | None = None,
     ) -> np.ndarray:
         """`Backend.forward`, ended by `cancel`: CancelledError. What it was to write is then unknown."""
-        tokens, positions = np.asarray(tokens, np.int32), np.asarray(positions, np.int32)
-        slots, rows = np.asarray(slots, np.int32), np.asarray(rows, np.int32)
+        return self._run(self.backend.forward, (tokens, positions, slots, rows), cancel)
+
+    def hidden(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
+        slots: Sequence[int] | np.ndarray,
+        rows: Sequence[int] | np.ndarray,
+        cancel: CancelToken | None = None,
+    ) -> np.ndarray:
+        """`Backend.hidden`, likewise."""
+        return self._run(self.backend.hidden, (tokens, positions, slots, rows), cancel)
+
+    def _run(
+        self,
+        method: Callable[..., np.ndarray],
+        batch: tuple[Sequence[int] | np.ndarray, ...],
+        cancel: CancelToken | None,
+    ) -> np.ndarray:
+        arrays = [np.asarray(each, np.int32) for each in batch]
         if cancel is None:
             cancel = CancelToken()
         while True:
             cancel.raise_if_cancelled()
             try:
                 cancel.link(self._abort)
-                return self.backend.forward(tokens, positions, slots, rows)
+                return method(*arrays)
             except CancelledError:
                 # If it was not ours, it was meant for a call that had ended just before: it must not hit this one.
                 if cancel.cancelled:

@@ -118,6 +118,14 @@ class SlotTable:
         n, _, _, slot = max(found, key=lambda each: each[:3])
         return (slot, n) if n else (None, 0)
 
+    def copy(self, source: Slot, target: Slot, n: int) -> None:
+        """Have `target` hold the first `n` positions of `source`, and no more; it keeps what is the same already."""
+        tokens, classes = source.tokens[:n], source.classes[:n]
+        n_old = min(target.n, n)
+        target.n = common_prefix(tokens, target.tokens, target.classes[:n_old] != classes[:n_old])
+        self._backend.copy_slot(source.index, target.index, n, start=target.n)
+        target.record(tokens[target.n :], classes[target.n :])
+
     def release(self, slot: Slot) -> None:
         """The sequence has ended; the slot remembers it until somebody needs the place."""
         slot.busy = False
