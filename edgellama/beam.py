@@ -3,8 +3,7 @@
 The algorithm and its results are those of transformers' `generate(num_beams=...)`; it has been described often, e.g. in
 Freitag and Al-Onaizan, "Beam Search Strategies for Neural Machine Translation" (2017). Nothing is drawn at random.
 
-`beam_search` knows scores and tokens; the model is a `Beams`. `SlotBeams` is one over a backend: a beam lives in a slot
-of the cache, stays there as long as it goes on, and only what sets it apart is copied where it splits.
+Knows scores and tokens. The model is a `Beams`, what may be said a `Guide`; where beams live is not known here.
 
 Ties, here as in every other choice, go to what comes first: the better beam of the step before, then the lower id.
 (transformers leaves them to `torch.topk`.) Scores are summed in float64, transformers' in float32, so where two beams
@@ -18,12 +17,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from edgellama.backends import Backend
 from edgellama.errors import EdgellamaError
 from edgellama.logprob import log_softmax
-
-Processor = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(ids int32 [T], prompt and beam; log-probabilities float32 [vocab_size], its own) -> those to use instead."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Hypothesis:
     """A text that the search found: new ids, with the end-of-text id if it ended so.
 
     `logprob` is the sum over them, `score` what it is ranked by (transformers' `sequences_scores`). `finish_reason`:
-    "stop", "length", or what `interrupted` gave.
+    "stop", "length", or what `best` was told for a text in the making.
     """
 
     token_ids: tuple[int, ...]
@@ -76,7 +71,7 @@ class Hypothesis:
 
 
 class Beams(Protocol):
-    """The model as `beam_search` sees it."""
+    """The model as `BeamSearch` sees it."""
 
     def start(self) -> np.ndarray:
         """Logits float32 [1, vocab_size] after the prompt, which is the only beam."""
@@ -88,76 +83,125 @@ class Beams(Protocol):
         """
 
 
+class Guide(Protocol):
+    """Penalties, bans and constraints of one beam. Not changed by what is called."""
+
+    def adjust(self, logprobs: np.ndarray) -> np.ndarray:
+        """float32 [vocab_size], left as they are -> what to use instead; -inf forbids a token."""
+
+    def after(self, token: int) -> "Guide":
+        """The guide of this beam with one more token."""
+
+    @property
+    def finished(self) -> bool:
+        """Nothing may follow."""
+
+
 @dataclass(frozen=True)
 class _Beam:
-    """A text not yet finished; `source` is the number of the beam that it continues."""
+    """A text in the making; `source` is the number of the beam that it continues."""
 
     tokens: tuple[int, ...]
     logprob: float
     source: int
+    guide: Guide | None
 
 
-def beam_search(
-    beams: Beams,
-    params: BeamParams,
-    *,
-    max_new_tokens: int,
-    eos_ids: frozenset[int],
-    prompt_ids: Sequence[int] = (),
-    processors: Sequence[Processor] = (),
-    stop: Callable[[tuple[int, ...]], bool] | None = None,
-    interrupted: Callable[[], str | None] | None = None,
-) -> list[Hypothesis]:
-    """The best `num_return_sequences` texts, best first; fewer only where there are no more.
+class BeamSearch:
+    """One search: `step` until it says False, then (or at any time) `best`.
 
-    `processors` change the log-probabilities before they are added up, each beam's by itself; `stop(new ids)` says that
-    a text is finished though it has no end-of-text id; `interrupted()` is asked before each step, and a reason ends the
-    search with the beams that are there. Raises EdgellamaError where every continuation has been forbidden.
+    The `guide` changes log-probabilities before they are added up, as transformers' logits processors do; `stop(new
+    ids)` says that a text is finished though it has no end-of-text id.
     """
-    running = [_Beam((), 0.0, 0)]
-    finished: list[Hypothesis] = []
-    logits = beams.start()
-    prompt = np.asarray(prompt_ids, np.int32)
-    for length in range(1, max_new_tokens + 1):
-        scores = _continuations(logits, running, prompt, processors)
+
+    def __init__(
+        self,
+        beams: Beams,
+        params: BeamParams,
+        *,
+        max_new_tokens: int,
+        eos_ids: frozenset[int],
+        guide: Guide | None = None,
+        stop: Callable[[tuple[int, ...]], bool] | None = None,
+    ):
+        self._beams, self._params, self._max_new_tokens = beams, params, max_new_tokens
+        self._eos_ids, self._stop = eos_ids, stop
+        self._running = [_Beam((), 0.0, 0, guide)]
+        self._finished: list[Hypothesis] = []
+        self.length = 0
+        """New tokens of the running beams."""
+
+    def step(self) -> bool:
+        """Run the model once and go one token further; False when the search is over.
+
+        Raises EdgellamaError where every continuation has been forbidden, and what the model raises: then nothing has
+        changed.
+        """
+        if not self._running:
+            return False
+        params, running = self._params, self._running
+        if self.length == 0:
+            logits = self._beams.start()
+        else:
+            logits = self._beams.advance([beam.source for beam in running], [beam.tokens[-1] for beam in running])
+        self.length += 1
+        scores = _continuations(logits, running)
         # So many that num_beams of them go on even if every beam's best ones all end.
-        candidates = _best(scores, running, max(2, 1 + len(eos_ids)) * params.num_beams)
+        candidates = _best(scores, running, max(2, 1 + len(self._eos_ids)) * params.num_beams)
         going, ended = [], []
         for rank, beam in enumerate(candidates):
-            reason = _finish_reason(beam.tokens, max_new_tokens, eos_ids, stop)
+            reason = self._finish_reason(beam)
             if reason is None:
                 going.append(beam)
             elif rank < params.num_beams:  # those further down are there to replace the ended ones only
-                score = beam.logprob / length**params.length_penalty
-                ended.append(Hypothesis(beam.tokens, score, beam.logprob, reason))
-        finished = _ranked(finished + ended, params.num_beams)
-        running = going[: params.num_beams]
-        if not running or _is_over(finished, running[0].logprob, length, max_new_tokens, params):
-            break
-        reason = interrupted() if interrupted else None
-        if reason:
-            penalty = length**params.length_penalty
-            rest = [Hypothesis(beam.tokens, beam.logprob / penalty, beam.logprob, reason) for beam in running]
-            finished = _ranked(finished + rest, params.num_beams)
-            break
-        logits = beams.advance([beam.source for beam in running], [beam.tokens[-1] for beam in running])
-    if not finished:
-        raise EdgellamaError("beam search found no text: every next token has been forbidden")
-    return finished[: params.num_return_sequences]
+                ended.append(self._hypothesis(beam, reason))
+        self._finished = _ranked(self._finished + ended, params.num_beams)
+        self._running = going[: params.num_beams]
+        if self._running and self._is_over(self._running[0].logprob):
+            self._running = []
+        if not self._running and not self._finished:
+            raise EdgellamaError("beam search found no text: every next token has been forbidden")
+        return bool(self._running)
+
+    def best(self, unfinished: str = "length") -> list[Hypothesis]:
+        """The best `num_return_sequences` texts, best first; fewer only where there are no more.
+
+        Of a search that is not over, the running beams too, with this `finish_reason`.
+        """
+        texts = self._finished + [self._hypothesis(beam, unfinished) for beam in self._running if beam.tokens]
+        return _ranked(texts, self._params.num_return_sequences)
+
+    def _hypothesis(self, beam: _Beam, reason: str) -> Hypothesis:
+        score = beam.logprob / len(beam.tokens) ** self._params.length_penalty
+        return Hypothesis(beam.tokens, score, beam.logprob, reason)
+
+    def _finish_reason(self, beam: _Beam) -> str | None:
+        tokens = beam.tokens
+        if tokens[-1] in self._eos_ids or (self._stop is not None and self._stop(tokens)):
+            return "stop"
+        if beam.guide is not None and beam.guide.finished:
+            return "stop"
+        return "length" if len(tokens) == self._max_new_tokens else None
+
+    def _is_over(self, best: float) -> bool:
+        """Whether to stop though beams are running, the best of them with log-probability `best`."""
+        params = self._params
+        if len(self._finished) < params.num_beams:
+            return False
+        if params.early_stopping is True:
+            return True
+        longest = params.early_stopping == "never" and params.length_penalty > 0
+        possible = best / (self._max_new_tokens if longest else self.length) ** params.length_penalty
+        return possible <= self._finished[-1].score
 
 
-def _continuations(
-    logits: np.ndarray, running: Sequence[_Beam], prompt: np.ndarray, processors: Sequence[Processor]
-) -> np.ndarray:
+def _continuations(logits: np.ndarray, running: Sequence[_Beam]) -> np.ndarray:
     """float64 [B, vocab_size]: the log-probability of each beam with each next token."""
     scores = log_softmax(logits)
-    if processors:
-        for i, beam in enumerate(running):
-            ids, changed = np.append(prompt, np.array(beam.tokens, np.int32)), scores[i].astype(np.float32)
-            for process in processors:
-                changed = process(ids, changed)
-            scores[i] = changed
-    scores += np.array([[beam.logprob] for beam in running])
+    for row, beam in zip(scores, running, strict=True):
+        if beam.guide is not None:
+            row[:] = beam.guide.adjust(row.astype(np.float32))
+        row += beam.logprob
     return scores
 
 
@@ -170,93 +214,11 @@ def _best(scores: np.ndarray, running: Sequence[_Beam], k: int) -> list[_Beam]:
     found = []
     for index in order.tolist():
         source, token = divmod(index, scores.shape[1])
-        found.append(_Beam((*running[source].tokens, token), float(flat[index]), source))
+        parent = running[source]
+        guide = parent.guide and parent.guide.after(token)
+        found.append(_Beam((*parent.tokens, token), float(flat[index]), source, guide))
     return found
-
-
-def _finish_reason(
-    tokens: tuple[int, ...],
-    max_new_tokens: int,
-    eos_ids: frozenset[int],
-    stop: Callable[[tuple[int, ...]], bool] | None,
-) -> str | None:
-    if tokens[-1] in eos_ids or (stop is not None and stop(tokens)):
-        return "stop"
-    return "length" if len(tokens) == max_new_tokens else None
 
 
 def _ranked(hypotheses: list[Hypothesis], n: int) -> list[Hypothesis]:
     return sorted(hypotheses, key=lambda each: -each.score)[:n]
-
-
-def _is_over(finished: list[Hypothesis], best: float, length: int, max_new_tokens: int, params: BeamParams) -> bool:
-    """Whether to stop though beams are running, the best of them with log-probability `best`."""
-    if len(finished) < params.num_beams:
-        return False
-    if params.early_stopping is True:
-        return True
-    longest = params.early_stopping == "never" and params.length_penalty > 0
-    possible = best / (max_new_tokens if longest else length) ** params.length_penalty
-    return possible <= finished[-1].score
-
-
-class SlotBeams:
-    """Beams in slots of a backend's cache.
-
-    `contents`: slot -> the ids whose keys and values it holds, true at any time. `slots[0]` holds the first `n_past` of
-    `prompt_ids` at the start; what the others hold is lost. There must be as many slots as beams.
-    """
-
-    def __init__(self, backend: Backend, prompt_ids: Sequence[int], slots: Sequence[int], n_past: int = 0):
-        self._backend, self._prompt = backend, list(prompt_ids)
-        self._places = [slots[0]]  # beam -> slot
-        self.contents: dict[int, list[int]] = {slot: [] for slot in slots}
-        self.contents[slots[0]] = self._prompt[:n_past]
-
-    def start(self) -> np.ndarray:
-        """See `Beams.start`."""
-        slot, n_past = self._places[0], len(self.contents[self._places[0]])
-        new = np.array(self._prompt[n_past:], np.int32)
-        positions = np.arange(n_past, n_past + new.size, dtype=np.int32)
-        last = np.array([new.size - 1], np.int32)
-        logits = self._backend.forward(new, positions, np.full(new.size, slot, np.int32), last)
-        self.contents[slot] = list(self._prompt)
-        return logits
-
-    def advance(self, sources: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-        """See `Beams.advance`."""
-        self._move(sources)
-        n_past = len(self.contents[self._places[0]])
-        logits = self._backend.forward(
-            np.array(tokens, np.int32),
-            np.full(len(tokens), n_past, np.int32),
-            np.array(self._places, np.int32),
-            np.arange(len(tokens), dtype=np.int32),
-        )
-        for slot, token in zip(self._places, tokens, strict=True):
-            self.contents[slot].append(token)
-        return logits
-
-    def _move(self, sources: Sequence[int]) -> None:
-        """Give beam i the keys and values of beam `sources[i]`: its first heir stays in its slot, others get copies."""
-        parents = [self._places[source] for source in sources]
-        heirs = {slot: i for i, slot in reversed(list(enumerate(parents)))}
-        free = [slot for slot in self.contents if slot not in heirs]
-        places = []
-        for i, parent in enumerate(parents):
-            if heirs[parent] == i:
-                places.append(parent)
-                continue
-            # The slot that has the most in common with it: equal ids behind equal ids have equal keys and values.
-            ids = self.contents[parent]
-            shared, slot = max((_shared(ids, self.contents[slot]), -slot) for slot in free)
-            free.remove(-slot)
-            self._backend.copy_slot(parent, -slot, len(ids), start=shared)
-            self.contents[-slot] = list(ids)
-            places.append(-slot)
-        self._places = places
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids at the beginning are the same."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -4,13 +4,15 @@ Knows: the file, one backend, who may use it now, and where in the cache the las
 forward pass is computed (`backends`), what a file looks like (`format`), how replies come about (`generate`).
 """
 
+import contextlib
 import gc
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import numpy as np
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from edgellama.backends import Backend
     from edgellama.config import LlamaConfig
     from edgellama.format import ModelFile
+    from edgellama.scoring import Score
     from edgellama.tokenizer import Tokenizer
 
 DEVICES = ("cpu", "auto", "reference", "cuda")
@@ -397,6 +400,18 @@ class Llama:
     def _start(self, call: Call, request: Request) -> Stepper:
         """With the model acquired: what runs the call's replies. The one place where other ways of decoding plug in."""
         deadline = None if request.max_time is None else time.perf_counter() + request.max_time
+        if request.num_beams > 1:
+            from edgellama.generate.beams import beam_batch
+
+            return beam_batch(
+                self._engine, call.replies, request, self._tokenizer, cancel=call.cancel, deadline=deadline
+            )
+        if request.prompt_lookup_num_tokens or request.draft_model is not None:
+            from edgellama.generate.speculate import speculative_batch
+
+            if request.draft_model is self or not isinstance(request.draft_model, Llama | None):
+                raise ValueError("draft_model must be another model, opened with edgellama.load")
+            return speculative_batch(self._engine, call.replies, request, cancel=call.cancel, deadline=deadline)
         return Batch(
             self._engine,
             call.replies,
@@ -469,6 +484,89 @@ class Llama:
         """`ids` as int32 [T], every one in the vocabulary."""
         self._check_open()
         return check_ids(ids, self.config.vocab_size)
+
+    # -- beyond generate -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lent(self, cancel: CancelToken | None = None) -> Iterator[Engine]:
+        """The engine, for what is no call of `generate`: calls of others wait, and its slots are all free."""
+        self._acquire(cancel)
+        self._cursor = None
+        self._engine.slots.begin()
+        try:
+            yield self._engine
+        finally:
+            self._release()
+
+    def score(
+        self, prompt: str | Ids, choices: Sequence[str] | Sequence[Ids], *, cancel: CancelToken | None = None
+    ) -> "list[Score]":
+        """How probable each of `choices` is after `prompt`; see `edgellama.scoring`, which says where a choice begins.
+
+        What they share is computed once, as many choices at a time as the cache has slots. Ids in place of texts go
+        as they are. Raises ValueError or TypeError for a choice that is none, ContextError for one that does not fit.
+        """
+        from edgellama.scoring import read_choices, score_choices
+
+        read = read_choices(prompt, choices, self._encode, self._check_ids)
+        with self.lent(cancel) as engine:
+            return score_choices(engine, read, cancel)
+
+    def embed(
+        self,
+        texts: str | Ids | Prompts,
+        pooling: Literal["mean", "last"] = "mean",
+        normalize: bool = True,
+        *,
+        cancel: CancelToken | None = None,
+    ) -> np.ndarray:
+        """float32 [N, hidden_size]: a vector for each text (or list of ids), one row for a single one.
+
+        `pooling`: the mean over all tokens' last hidden states, or the last token's. `normalize`: to length 1.
+        """
+        from edgellama.scoring import embed_texts
+
+        prompts, _ = read_prompts(texts, self._encode, self._check_ids, sys.maxsize)
+        with self.lent(cancel) as engine:
+            return embed_texts(engine, [each.ids for each in prompts], pooling, normalize, cancel)
+
+    def save_session(self, path: str | os.PathLike[str]) -> None:
+        """Write the `n_past` tokens that the last call left in the cache, with their keys and values, to a file.
+
+        Raises EdgellamaError where there is nothing to save, or `path` cannot be written; see `edgellama.session`.
+        """
+        from edgellama.session import Session, write_session
+
+        self._acquire()
+        try:
+            slot = self._cursor
+            if slot is None or slot.n == 0:
+                raise EdgellamaError("there is no session to save: the last call left no single sequence in the cache")
+            data = self._backend.read_slot(slot.index, slot.n)
+            session = Session(slot.tokens.copy(), slot.classes.copy(), data)
+        finally:
+            self._release()
+        write_session(path, session, self.file.header_hash)
+
+    def load_session(self, path: str | os.PathLike[str]) -> list[int]:
+        """Put a saved session into the cache, as if it had just been computed; returns its ids, `n_past` of them.
+
+        `forward` goes on behind them, and a `generate` whose prompt begins with them does not compute them again: the
+        same bits as if they had never been saved. Raises FormatError (damaged), EdgellamaError (of another model or
+        kind of cache) or ContextError; then nothing has changed.
+        """
+        from edgellama.session import read_session
+
+        self._check_open()
+        session = read_session(path, self.config, self.file.header_hash, self._backend.kv_cache, self.n_ctx)
+        with self.lent() as engine:
+            slot = engine.slots.take(session.tokens, reuse=False)
+            assert slot is not None
+            engine.backend.write_slot(slot.index, session.data)
+            slot.record(session.tokens, session.classes)
+            engine.slots.release(slot)
+            self._cursor = slot
+        return session.tokens.tolist()
 
 
 __all__ = ["Llama", "choose_n_ctx", "kv_bytes_per_token", "load"]

@@ -6,13 +6,34 @@ import math
 import numpy as np
 import pytest
 
+import edgellama
 from checkpoints import make_checkpoint
 from closeness import ORACLE_TOLERANCE
-from edgellama.beam import BeamParams, SlotBeams, beam_search
-from edgellama.errors import EdgellamaError
+from edgellama import CancelToken
+from edgellama.beam import BeamParams, BeamSearch
+from edgellama.config import LlamaConfig
+from edgellama.errors import CancelledError, EdgellamaError
+from edgellama.generate.beams import SlotBeams
+from edgellama.generate.engine import Engine
 from edgellama.logprob import log_softmax, token_logprobs
+from fakes import CONFIG
 
 EOS = frozenset({0})
+
+
+def beam_search(beams, params, **options):
+    """The whole search."""
+    search = BeamSearch(beams, params, **options)
+    while search.step():
+        pass
+    assert not search.step()  # it stays over
+    return search.best()
+
+
+def slot_beams(backend, prompt, slots):
+    """With an engine whose slots know nothing."""
+    engine = Engine(backend, backend.config)
+    return SlotBeams(engine, np.array(prompt, np.int32), [engine.slots.slots[slot] for slot in slots])
 
 
 class TableBeams:
@@ -109,20 +130,37 @@ def test_ties_go_to_the_lower_id_of_the_better_beam():
     assert [each.token_ids for each in got] == [(0, 0), (0, 1), (0, 2)]
 
 
-def test_processors_see_prompt_and_beam_and_change_scores():
-    seen = []
+class NoRepeats:
+    """A `Guide`: no id of the prompt or the beam again; the beam is finished with five."""
 
-    def ban_repeats(ids, logprobs):
-        seen.append(ids.tolist())
-        assert ids.dtype == np.int32 and logprobs.dtype == np.float32
-        logprobs[np.unique(ids)] = -np.inf
-        return logprobs
+    def __init__(self, ids):
+        self.ids = ids
 
-    got = beam_search(
-        TableBeams(6), BeamParams(3, 3), max_new_tokens=4, eos_ids=frozenset(), prompt_ids=[5], processors=[ban_repeats]
-    )
-    assert seen[0] == [5] and all(ids[0] == 5 for ids in seen)
-    assert all(len({5, *each.token_ids}) == 5 for each in got)
+    def adjust(self, logprobs):
+        assert logprobs.dtype == np.float32
+        changed = logprobs.copy()
+        changed[list(self.ids)] = -np.inf
+        return changed
+
+    def after(self, token):
+        return NoRepeats((*self.ids, token))
+
+    @property
+    def finished(self):
+        return len(self.ids) == 5
+
+
+def test_a_guide_follows_each_beam():
+    got = beam_search(TableBeams(6), BeamParams(3, 3), max_new_tokens=9, eos_ids=frozenset(), guide=NoRepeats((5,)))
+    assert all(len({5, *each.token_ids}) == 5 == 1 + len(each.token_ids) for each in got)
+    assert {each.finish_reason for each in got} == {"stop"}
+    model, best = TableBeams(6), []
+    for ids in itertools.permutations(range(5), 4):
+        logprobs = [log_softmax(model.logits(ids[:i]))[ids[i]] for i in range(4)]
+        best.append((sum(logprobs) / 4, ids))
+    all_beams = BeamParams(len(best), 3)
+    got = beam_search(model, all_beams, max_new_tokens=9, eos_ids=frozenset(), guide=NoRepeats((5,)))
+    assert [each.token_ids for each in got] == [ids for _, ids in sorted(best, reverse=True)[:3]]
 
 
 def test_a_text_may_be_stopped_by_what_it_says():
@@ -133,20 +171,40 @@ def test_a_text_may_be_stopped_by_what_it_says():
     assert all((2, 3) not in itertools.pairwise(each.token_ids[:-1]) for each in got)
 
 
-def test_an_interruption_gives_what_is_there():
-    asked = iter([None, None, "time"])
-    got = beam_search(
-        TableBeams(5), BeamParams(2, 2), max_new_tokens=50, eos_ids=frozenset(), interrupted=lambda: next(asked)
-    )
+def test_a_search_that_is_left_early_gives_what_is_there():
+    search = BeamSearch(TableBeams(5), BeamParams(2, 2), max_new_tokens=50, eos_ids=frozenset())
+    assert search.best() == []
+    assert [search.step() for _ in range(3)] == [True] * 3
+    got = search.best("time")
     assert [(len(each.token_ids), each.finish_reason) for each in got] == [(3, "time")] * 2
+    assert got[0].score == got[0].logprob / 3 >= got[1].score
+    assert search.step() and search.length == 4
+
+
+def test_a_step_that_fails_can_be_repeated():
+    class Failing(TableBeams):
+        fails = False
+
+        def advance(self, sources, tokens):
+            if self.fails:
+                raise InterruptedError
+            return super().advance(sources, tokens)
+
+    model = Failing(5)
+    search = BeamSearch(model, BeamParams(3, 3), max_new_tokens=5, eos_ids=EOS)
+    search.step()
+    model.fails = True
+    with pytest.raises(InterruptedError):
+        search.step()
+    model.fails = False
+    while search.step():
+        pass
+    assert search.best() == beam_search(TableBeams(5), BeamParams(3, 3), max_new_tokens=5, eos_ids=EOS)
 
 
 def test_when_everything_is_forbidden_it_says_so():
-    def ban(ids, logprobs):
-        return np.full_like(logprobs, -np.inf)
-
     with pytest.raises(EdgellamaError, match="every next token has been forbidden"):
-        beam_search(TableBeams(5), BeamParams(2), max_new_tokens=3, eos_ids=EOS, processors=[ban])
+        beam_search(TableBeams(3), BeamParams(2), max_new_tokens=3, eos_ids=EOS, guide=NoRepeats((0, 1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +269,7 @@ def test_beams_in_slots_have_the_bits_of_texts_computed_anew(model_file, kv_cach
             logits = alone.forward([token], [n + i], [0], [0])
         return logits[0]
 
-    beams = SlotBeams(backend(5), prompt, [3, 0, 4, 1])
+    beams = slot_beams(backend(5), prompt, [3, 0, 4, 1])
     assert (
         np.allclose(beams.start()[0], anew([]), atol=1e-4)
         if kv_cache == "float32"
@@ -229,12 +287,14 @@ def test_beams_in_slots_have_the_bits_of_texts_computed_anew(model_file, kv_cach
                 np.testing.assert_allclose(row, anew(ids), atol=1e-4)
             else:
                 assert (row == anew(ids)).all()
-        held = [beams.contents[slot] for slot in beams._places]
+        held = [slot.tokens.tolist() for slot in beams._places]
         assert held == [prompt + ids for ids in texts]
 
 
 def test_beams_stay_in_their_slots_and_copy_only_what_differs():
     class Recorder:
+        n_ctx, n_slots, batch_invariant, config = 32, 3, True, LlamaConfig.from_dict(CONFIG)
+
         def __init__(self):
             self.copies = []
 
@@ -245,7 +305,7 @@ def test_beams_stay_in_their_slots_and_copy_only_what_differs():
             return np.zeros((len(rows), 8), np.float32)
 
     recorder = Recorder()
-    beams = SlotBeams(recorder, [1, 2, 3], [0, 1, 2], n_past=2)
+    beams = slot_beams(recorder, [1, 2, 3], [0, 1, 2])
     beams.start()
     beams.advance([0, 0, 0], [4, 5, 6])
     assert recorder.copies == [(0, 1, 3, 0), (0, 2, 3, 0)]
@@ -256,13 +316,116 @@ def test_beams_stay_in_their_slots_and_copy_only_what_differs():
     assert recorder.copies == [(2, 0, 5, 3)]
 
 
-def test_a_prompt_that_is_partly_there_is_not_computed_again(model_file):
+def test_beams_are_where_they_were_when_the_model_fails(model_file):
     from edgellama.backends.cpu import CpuBackend
 
-    backend = CpuBackend(model_file, 64, 2, n_threads=2)
-    prompt = [1, 9, 30, 77, 5]
-    expected = SlotBeams(backend, prompt, [0, 1]).start()
-    assert (SlotBeams(backend, prompt, [0, 1], n_past=3).start() == expected).all()
+    backend = CpuBackend(model_file, 64, 3, n_threads=2)
+    params, prompt = BeamParams(3, 3), [1, 9, 30]
+    options = {"max_new_tokens": 10, "eos_ids": frozenset()}
+    expected = beam_search(slot_beams(backend, prompt, [0, 1, 2]), params, **options)
+    beams = slot_beams(backend, prompt, [0, 1, 2])
+    search, going = BeamSearch(beams, params, **options), True
+    while going:
+        beams._cancel = CancelToken()
+        beams._cancel.cancel()
+        with pytest.raises(CancelledError):
+            search.step()
+        beams._cancel = None
+        going = search.step()
+    assert search.best() == expected
+
+
+# -- generate(num_beams=...) -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model):
+    with edgellama.load(tiny_model, n_ctx=64, n_slots=4, n_threads=2) as model:
+        yield model
+
+
+def search_alone(llm, prompt, params, **options):
+    """With a backend of its own."""
+    from edgellama.backends.cpu import CpuBackend
+
+    backend = CpuBackend(llm.file, 64, params.num_beams, n_threads=1)
+    return beam_search(slot_beams(backend, prompt, range(params.num_beams)), params, eos_ids=llm.eos_ids, **options)
+
+
+def test_generate_returns_the_best_texts(llm):
+    prompt = llm.tokenizer.encode("Hello")
+    expected = search_alone(llm, prompt, BeamParams(4, 3, 0.5), max_new_tokens=10)
+    got = llm.generate("Hello", 10, num_beams=4, num_return_sequences=3, length_penalty=0.5)
+    assert [tuple(each.token_ids) for each in got] == [each.token_ids for each in expected]
+    assert [each.index for each in got] == [0, 1, 2]
+    for each, text in zip(got, expected, strict=True):
+        assert each.finish_reason == text.finish_reason
+        assert each.text == llm.tokenizer.decode(each.token_ids, skip_special_tokens=True)
+        assert each.timings.prefill_s > 0 and each.timings.ttft_s > 0
+    assert llm.generate("Hello", 10, num_beams=4, length_penalty=0.5).token_ids == got[0].token_ids
+    assert llm.generate("Hello", 10, num_beams=4, temperature=2.0, length_penalty=0.5).token_ids == got[0].token_ids
+
+
+def test_several_prompts_and_what_earlier_calls_left_in_the_cache_change_nothing(llm):
+    prompts = ["The quick brown fox jumps", "The quick brown fox sleeps", "x"]
+    expected = [search_alone(llm, llm.tokenizer.encode(p), BeamParams(3), max_new_tokens=8)[0] for p in prompts]
+    for _ in range(2):
+        llm.generate("The quick brown fox", 5, temperature=0)
+        calls = []
+        got = llm.generate(prompts, 8, num_beams=3, progress=lambda *now, calls=calls: calls.append(now))
+        assert [tuple(each.token_ids) for each in got] == [each.token_ids for each in expected]
+        assert calls[-1] == (sum(len(llm.tokenizer.encode(p)) for p in prompts),) * 2
+    assert got[1].timings.cached_tokens >= 16
+    fresh = llm.generate(prompts[0], 20, temperature=0)
+    llm.reset()
+    assert llm.generate(prompts[0], 20, temperature=0).token_ids == fresh.token_ids
+
+
+def test_penalties_and_bans_hold_in_every_beam(llm):
+    got = llm.generate("Hello", 20, num_beams=4, num_return_sequences=4, no_repeat_ngram_size=1, min_new_tokens=5)
+    for each in got:
+        assert len(set(each.token_ids)) == len(each.token_ids) >= 5
+        assert not set(each.token_ids) & set(each.prompt_token_ids)
+    banned = got[0].token_ids[0]
+    again = llm.generate("Hello", 5, num_beams=4, num_return_sequences=4, bad_words_ids=[[banned]])
+    assert all(banned not in each.token_ids for each in again)
+
+
+def test_stop_strings_end_beams(llm):
+    free = llm.generate("Hello", 12, num_beams=3, num_return_sequences=3, eos_token_id=[])
+    stop = next(char for char in free[0].text if char.isascii() and char.isprintable())
+    got = llm.generate("Hello", 12, num_beams=3, num_return_sequences=3, eos_token_id=[], stop=stop)
+    assert all(stop not in each.text for each in got)
+    assert any(each.stop == stop and each.finish_reason == "stop" for each in got)
+
+
+def test_a_search_ends_on_time_or_request(llm):
+    cancel = CancelToken()
+    cancel.cancel()
+    got = llm.generate(["Hello", "World"], 10, num_beams=2, cancel=cancel)
+    assert [(each.finish_reason, each.token_ids) for each in got] == [("cancelled", [])] * 2
+    got = llm.generate("Hello", 40, num_beams=4, max_time=1e-9, eos_token_id=[])
+    assert got.finish_reason == "time" and got.token_ids == []
+    cancel = CancelToken()
+
+    def stop_after_the_prompt(done, total):
+        cancel.cancel()
+
+    got = llm.generate("Hello", 40, num_beams=4, cancel=cancel, progress=stop_after_the_prompt, eos_token_id=[])
+    assert got.finish_reason == "cancelled" and len(got.token_ids) == 1
+    assert llm.generate("Hello", 3, num_beams=4).token_ids  # the model is free
+
+
+def test_options_that_beams_do_not_take(llm):
+    with pytest.raises(ValueError, match=r"num_beams 5 needs .* n_slots=5"):
+        llm.generate("Hello", 3, num_beams=5)
+    with pytest.raises(ValueError, match="num_return_sequences must be at most num_beams"):
+        llm.generate("Hello", 3, num_beams=2, num_return_sequences=3)
+    with pytest.raises(ValueError, match="logprobs and num_beams"):
+        llm.generate("Hello", 3, num_beams=2, logprobs=True)
+    with pytest.raises(ValueError, match="no beams"):
+        llm.generate("Hello", 3, num_beams=2, stream=True)
+    assert llm.generate("Hello", 3, num_beams=2).token_ids
 
 
 # -- transformers ----------------------------------------------------------------------------------------------------
@@ -328,7 +491,7 @@ def test_texts_and_scores_are_those_of_transformers(name, tmp_path):
                 scores = expected.sequences_scores.tolist()
                 params = BeamParams(num_beams, num_beams, penalty, early_stopping)
                 for backend in (reference, cpu):
-                    beams = SlotBeams(backend, prompt, range(num_beams))
+                    beams = slot_beams(backend, prompt, range(num_beams))
                     got = beam_search(beams, params, max_new_tokens=length, eos_ids=frozenset(eos))
                     for each in got:
                         finished += each.finish_reason == "stop"

@@ -66,7 +66,7 @@ def test_decode_steps_are_shared_and_a_slot_goes_to_the_next_in_line():
         [(0, 0), (0, 2), (1, 0), (1, 4)],  # both prompts in one pass
         [(0, 3), (1, 5)],
         [(0, 4), (1, 6)],
-        [(0, 26)],  # the third: its first token is reused
+        [(0, 0), (0, 26)],  # the third; a common <s> is not worth a copy
         [(0, 27)],
         [(0, 28)],
     ]

@@ -46,14 +46,33 @@ class Engine:
         cancel: CancelToken | None = None,
     ) -> np.ndarray:
         """`Backend.forward`, ended by `cancel`: CancelledError. What it was to write is then unknown."""
-        arrays = [np.asarray(each, np.int32) for each in (tokens, positions, slots, rows)]
+        return self._run(self.backend.forward, (tokens, positions, slots, rows), cancel)
+
+    def hidden(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
+        slots: Sequence[int] | np.ndarray,
+        rows: Sequence[int] | np.ndarray,
+        cancel: CancelToken | None = None,
+    ) -> np.ndarray:
+        """`Backend.hidden`, likewise."""
+        return self._run(self.backend.hidden, (tokens, positions, slots, rows), cancel)
+
+    def _run(
+        self,
+        method: Callable[..., np.ndarray],
+        batch: tuple[Sequence[int] | np.ndarray, ...],
+        cancel: CancelToken | None,
+    ) -> np.ndarray:
+        arrays = [np.asarray(each, np.int32) for each in batch]
         if cancel is None:
             cancel = CancelToken()
         while True:
             cancel.raise_if_cancelled()
             try:
                 cancel.link(self._abort)
-                return self.backend.forward(*arrays)
+                return method(*arrays)
             except CancelledError:
                 # If it was not ours, it was meant for a call that had ended just before: it must not hit this one.
                 if cancel.cancelled:
@@ -129,7 +148,8 @@ class Batch:
             return False
         passed = time.perf_counter() - begun
         self._book(parts, logits, passed)
-        self._tell(parts)
+        if self._done < self._total:
+            self._tell(parts)
         spent = time.perf_counter() - begun
         for reply, _, _ in parts:
             if len(reply.token_ids) > 1:
@@ -199,13 +219,12 @@ class Batch:
 
     def _tell(self, parts: list[tuple[Reply, int, int]]) -> None:
         """Progress, of the prompts only."""
-        if self._done < self._total and self._progress is not None:
-            before = self._done
-            for reply, start, end in parts:
-                if not reply.slid and start < reply.prompt.size:
-                    self._done += end - start
-            if self._done > before:
-                self._progress(self._done, self._total)
+        before = self._done
+        for reply, start, end in parts:
+            if not reply.slid and start < reply.prompt.size:
+                self._done += end - start
+        if self._done > before and self._progress is not None:
+            self._progress(self._done, self._total)
 
     def _admit(self) -> None:
         """Give slots to those who wait, in order, as long as the next pass has room for their tokens."""

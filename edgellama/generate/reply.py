@@ -81,7 +81,7 @@ class Reply:
         self.proposed_tokens = self.accepted_tokens = 0  # of speculative decoding
         self.logprobs: list[TokenLogprob] = []
         self._decoder, self._stops = decoder, StopFinder(stops)
-        self._max_new_tokens, self._eos_ids, self._is_complete = max_new_tokens, eos_ids, is_complete
+        self.max_new_tokens, self.eos_ids, self._is_complete = max_new_tokens, eos_ids, is_complete
         self._recorder = logprobs
         self.scores_prompt = echo is not None and logprobs is not None
         if self.scores_prompt and logprobs is not None:
@@ -107,13 +107,13 @@ class Reply:
             self._ttft_s = time.perf_counter() - self._started
         if self._recorder is not None:
             self.logprobs.append(self._recorder.of(token_id, logits))
-        if token_id in self._eos_ids:
+        if token_id in self.eos_ids:
             self.finish("stop")
             return
         self._say(self._decoder.push(token_id))
         if self._stops.found is not None or (self._is_complete is not None and self._is_complete()):
             self.finish("stop")
-        elif len(self.token_ids) >= self._max_new_tokens:
+        elif len(self.token_ids) >= self.max_new_tokens:
             self.finish("length")
 
     def score_prompt(self, start: int, rows: np.ndarray) -> None:

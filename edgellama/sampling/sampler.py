@@ -86,9 +86,7 @@ class Sampler:
             raise EdgellamaError(
                 "the model's logits are not finite: its weights are damaged or overflow; `edgellama verify` tells which"
             )
-        if self._vocab.size != logits.size:
-            self._check_vocabulary(logits.size)
-        adjusted = self._adjust(logits)
+        adjusted = self.adjust(logits)
         if adjusted is not logits:
             best = int(adjusted.argmax())
         params = self.params
@@ -140,8 +138,10 @@ class Sampler:
         twin.constraint = self.constraint and self.constraint.fork()
         return twin
 
-    def _adjust(self, logits: np.ndarray) -> np.ndarray:
+    def adjust(self, logits: np.ndarray) -> np.ndarray:
         """`logits` themselves, or a changed copy, after everything that comes before choosing. Never NaN on top."""
+        if self._vocab.size != logits.size:
+            self._check_vocabulary(logits.size)
         adjusted = self._penalized(logits)
         if self._processors:
             adjusted = self._processed(logits.copy() if adjusted is logits else adjusted)
