@@ -5,9 +5,9 @@
     token = sampler(logits)      # float32 [vocab_size] -> id
     sampler.accept(token)        # the token that was really taken
 
-Modules: `params` (the numbers, checked), `history` (what was said, kept so that a step costs little), `adjust` and `dry`
-(penalties and bans: they change logits), `filters` (they choose candidates), `sampler` (one sequence: everything in its
-order), `logprobs`.
+Modules: `params` (the numbers, checked), `history` (what was said, kept so that a step costs little), `adjust` and
+`dry` (penalties and bans: they change logits), `filters` (they choose candidates), `sampler` (one sequence: everything
+in its order), `logprobs`.
 
 The order is llama.cpp's: penalties, dry, top_n_sigma, top_k, typical_p, top_p, min_p, xtc, temperature (so the filters
 judge the model's own distribution, whatever the temperature). A name that transformers has means exactly what it means
