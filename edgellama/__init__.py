@@ -18,6 +18,7 @@ __version__ = "0.1.0"  # the one source; the build reads it from here
 if TYPE_CHECKING:
     from edgellama.errors import (
         ConfigError,
+        ConstraintError,
         ContextError,
         ConvertError,
         DeviceError,
@@ -39,12 +40,14 @@ _HOME = {  # public name -> the module that defines it
     "ConfigError": "edgellama.errors",
     "ConvertError": "edgellama.errors",
     "TokenizerError": "edgellama.errors",
+    "ConstraintError": "edgellama.errors",
     "ContextError": "edgellama.errors",
     "DeviceError": "edgellama.errors",
 }
 
 __all__ = [
     "ConfigError",
+    "ConstraintError",
     "ContextError",
     "ConvertError",
     "DeviceError",

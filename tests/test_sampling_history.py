@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from edgellama.errors import EdgellamaError
-from edgellama.sampling import Sampler, SamplingParams
+from edgellama.sampling import Sampler, SamplingParams, breaker_ids
 
 VOCAB = 12
 GREEDY = {"temperature": 0.0}
@@ -158,6 +158,12 @@ def test_dry_by_hand():
         SamplingParams(temperature=0, dry_multiplier=1.0, dry_base=2.0), prompt_ids=[a, b, c, c, b, c, y, a, b, c]
     )
     assert adjusted(sampler, np.zeros(5, np.float32)).tolist() == [0, 0, -2, -1, 0]
+
+
+def test_breakers_are_the_tokens_that_have_them():
+    tokens = [b"a", b"\n", b" x:\n", b'"', b"**", b"\xc3", b"", b"no"]
+    assert breaker_ids(tokens) == ((1,), (2,), (3,), (4,))
+    assert breaker_ids(tokens, ["o", "\xc3"]) == ((7,),)
 
 
 def test_dry_on_a_long_repetition_saturates_quietly(recwarn):

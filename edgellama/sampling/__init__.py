@@ -16,6 +16,7 @@ there; `presence_penalty`, `frequency_penalty` and `logit_bias` are OpenAI's; th
 Knows token ids and logits. Does not know: models, tokenizers, text.
 """
 
+from edgellama.sampling.dry import breaker_ids
 from edgellama.sampling.logprobs import log_softmax, top_logprobs
 from edgellama.sampling.params import SamplingOptions, SamplingParams
 from edgellama.sampling.sampler import LogitsProcessor, Sampler, TokenConstraint
@@ -26,6 +27,7 @@ __all__ = [
     "SamplingOptions",
     "SamplingParams",
     "TokenConstraint",
+    "breaker_ids",
     "log_softmax",
     "top_logprobs",
 ]
