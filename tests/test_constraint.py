@@ -408,3 +408,12 @@ def test_without_llguidance_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ConstraintError, match=r"pip install 'edgellama\[constrain\]'"):
         make(regex="a")
+
+
+@pytest.mark.models
+def test_a_real_tokenizer(minimind_dir):
+    tokenizer = load_tokenizer({path.name: path.read_bytes() for path in minimind_dir.glob("*token*.json")})
+    for schema in ("record", "nested"):
+        constraint = make(tokenizer, json_schema=SCHEMAS[schema])
+        for seed in range(5):
+            assert valid(json.loads(write(constraint, tokenizer, seed)), SCHEMAS[schema])

@@ -111,3 +111,53 @@ def test_filters_on_a_large_vocabulary():
     for name, warper, value in [("top_p", TopPLogitsWarper, 0.9), ("typical_p", TypicalLogitsWarper, 0.8)]:
         expected = set(np.flatnonzero(np.isfinite(theirs(warper(value), [0], logits))).tolist())
         assert len(expected ^ kept_by(name, logits, value)) <= len(expected) * 1e-3
+
+
+GENERATION = {
+    "repetition": {"repetition_penalty": 1.4},
+    "ngrams": {"no_repeat_ngram_size": 2},
+    "bad words": {"bad_words_ids": [[3], [9, 4], [100, 50]]},
+    "min new tokens": {"min_new_tokens": 12, "repetition_penalty": 0.7},
+    "all": {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "bad_words_ids": [[7], [8]], "min_new_tokens": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_model, tmp_path_factory):
+    from edgellama_convert import export_hf
+
+    folder = tmp_path_factory.mktemp("exported") / "tiny"
+    export_hf(tiny_model, folder, dtype="float32")
+    return folder
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_greedy_generate(name, tiny_model, exported):
+    """The whole loop against transformers' `generate` on the exported checkpoint."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    import edgellama
+
+    torch.set_num_threads(1)
+    model = LlamaForCausalLM.from_pretrained(exported, dtype=torch.float32, attn_implementation="eager").eval()
+    prompt = [1, 5, 9, 5, 9, 5]
+    options = {"max_new_tokens": 24, "do_sample": False, "num_beams": 1, **GENERATION[name]}
+    # Its most probable tokens end the text at once: min_new_tokens has something to do.
+    with torch.no_grad():
+        first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+        eos = [2, first] if "min_new_tokens" in options else [2]
+        theirs = model.generate(torch.tensor([prompt]), eos_token_id=eos, pad_token_id=0, **options)[0].tolist()
+    params = SamplingParams(temperature=0, **GENERATION[name])
+    sampler = Sampler(params, prompt_ids=prompt, eos_ids=eos)
+    ids = list(prompt)
+    with edgellama.load(tiny_model, device="reference") as llm:
+        logits = llm.forward(prompt)[-1]
+        while len(ids) < len(prompt) + 24:
+            ids.append(sampler(logits))
+            sampler.accept(ids[-1])
+            if ids[-1] in eos:
+                break
+            logits = llm.forward([ids[-1]])[-1]
+    assert ids == theirs
+    assert len(ids) > len(prompt) + 3
