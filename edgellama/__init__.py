@@ -17,6 +17,7 @@ __version__ = "0.1.0"  # the one source; the build reads it from here
 
 if TYPE_CHECKING:
     from edgellama.errors import (
+        ChatTemplateError,
         ConfigError,
         ContextError,
         ConvertError,
@@ -39,11 +40,13 @@ _HOME = {  # public name -> the module that defines it
     "ConfigError": "edgellama.errors",
     "ConvertError": "edgellama.errors",
     "TokenizerError": "edgellama.errors",
+    "ChatTemplateError": "edgellama.errors",
     "ContextError": "edgellama.errors",
     "DeviceError": "edgellama.errors",
 }
 
 __all__ = [
+    "ChatTemplateError",
     "ConfigError",
     "ContextError",
     "ConvertError",
