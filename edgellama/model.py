@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 import numpy as np
 
+from edgellama import chat, openai_shapes
 from edgellama.errors import CancelledError, ConfigError, ContextError, DeviceError, EdgellamaError, TokenizerError
 from edgellama.generate import Generation, NoText, Stream, TextDecoder
 from edgellama.memory import available_bytes
@@ -420,6 +421,13 @@ class Llama:
                 f"input_ids[{where}] is {array[where]}, outside the vocabulary of {self.config.vocab_size} tokens"
             )
         return array.astype(np.int32)
+
+    # -- conversations, and OpenAI's shapes: these functions are methods -----------------------------------------
+
+    chat = chat.chat
+    create_completion = __call__ = openai_shapes.create_completion
+    create_chat_completion = openai_shapes.create_chat_completion
+    create_embedding = openai_shapes.create_embedding
 
 
 def _positive(name: str, value: object) -> int:

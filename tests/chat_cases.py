@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Conversations and public chat templates: what our rendering and transformers' must agree on.
 
 `data/chat/*.jinja` are the templates as the models publish them (Llama-2-chat, Llama-3, Llama-3.2, Mistral 0.1 and 0.3,

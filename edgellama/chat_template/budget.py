@@ -26,7 +26,7 @@ SECONDS = 0.5
 _TEXTS = 16  # all strings together, in units of the longest one
 _CLOCK = 128  # ticks between two looks at the clock
 _PER_UNIT = 64  # characters that count as one tick
-_CONTAINERS = (list, tuple, set, type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: Any = (list, tuple, set, type({}.keys()), type({}.values()), type({}.items()))
 _LEAVES = (type(None), bool, float)
 
 

@@ -1,7 +1,7 @@
 """Chat templates for models that bring none, by name. Written for this project; the texts are the models' formats.
 
-`llama-2`: Llama-2-chat; the variable `use_default_system_prompt` adds Meta's where a conversation has no system message.
-`llama-3`: Llama-3 Instruct. `chatml`: `<|im_start|>role`. `zephyr`: Zephyr, TinyLlama-Chat.
+`llama-2`: Llama-2-chat; the variable `use_default_system_prompt` adds Meta's where a conversation has no system
+message. `llama-3`: Llama-3 Instruct. `chatml`: `<|im_start|>role`. `zephyr`: Zephyr, TinyLlama-Chat.
 """
 
 LLAMA_2_SYSTEM_PROMPT = """\

@@ -6,7 +6,7 @@ striptags, wordwrap, filesizeformat). `tojson` is transformers': plain JSON, no 
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import defaults
 from jinja2.utils import _PassArg
@@ -52,7 +52,9 @@ def _number(budget: Budget, value: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _deep(budget: Budget, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Compares or hashes the values within, some of them several times."""
-    if not isinstance(value, str | list | tuple | dict):
+    if isinstance(value, str):
+        budget.tick(len(value) * len(value).bit_length() // 2)  # its letters
+    elif not isinstance(value, list | tuple | dict):
         value = list(budget.iterate(value))
     for each in (value, *args, *kwargs.values()):
         weight = budget.weigh(each)
@@ -155,7 +157,8 @@ CHECKS: dict[str, Check] = {
 
 # Tests that look into their values; all others cost the same for every value.
 _DEEP_TESTS = frozenset(
-    "!= < <= == > >= divisibleby eq equalto filter ge greaterthan gt in le lessthan lower lt ne sameas test upper".split()
+    "!= < <= == > >= divisibleby eq equalto filter ge greaterthan gt in le lessthan lower lt ne sameas test "
+    "upper".split()
 )
 
 
@@ -177,9 +180,7 @@ def guarded_filters(environment: "GuardedEnvironment") -> dict[str, Callable[...
         if isinstance(width, int) and width > _MAX_INDENT:
             raise TooMuch(f"an indent of more than {_MAX_INDENT}")
         check_length(budget, size + size * (sum(map(len, separators)) if separators else 0) // 4)
-        encoder = json.JSONEncoder(
-            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         if indent is None:
             return charge_result(budget, encoder.encode(x))
         parts = []
@@ -201,7 +202,7 @@ def guarded_tests(environment: "GuardedEnvironment") -> dict[str, Callable[..., 
         return value
 
     return {
-        name: _guard(budget, test, weigh_all if name in _DEEP_TESTS else _free)
+        name: _guard(budget, cast(Any, test), weigh_all if name in _DEEP_TESTS else _free)
         for name, test in defaults.DEFAULT_TESTS.items()
     }
 

@@ -1,8 +1,8 @@
 """The methods and attributes that a chat template may use, and what each may cost.
 
-A list of what is allowed, not of what is forbidden: whatever is not named here does not exist for a template. Values are
-plain data (`str`, `dict`, `list`, ...), so this is all that can be reached. Sorting, appending and the like are left out
-as in Jinja's ImmutableSandboxedEnvironment.
+A list of what is allowed, not of what is forbidden: whatever is not named here does not exist for a template. Values
+are plain data (`str`, `dict`, `list`, ...), so this is all that can be reached. What changes a value (`append`,
+`update`) is left out, as in Jinja's ImmutableSandboxedEnvironment.
 """
 
 import re
@@ -81,8 +81,8 @@ def check_replace(budget: Budget, text: str, old: Any, new: Any, count: Any = No
     """TooMuch if replacing would make too long a text."""
     if isinstance(old, str) and isinstance(new, str):
         budget.read(len(text))
-        longer = ESCAPED * len(new) if isinstance(text, Markup) else len(new)
-        check_length(budget, len(text) + text.count(old) * longer)
+        longer = (ESCAPED if isinstance(text, Markup) else 1) * len(new) - len(old)
+        check_length(budget, len(text) + text.count(old) * max(longer, 0))
 
 
 def check_length(budget: Budget, length: int) -> None:
@@ -162,9 +162,7 @@ def _sum_of_widths(budget: Budget, numbers: list[str]) -> int:
 
 # -- other types ------------------------------------------------------------------------------------------------------
 
-_LOOP_VALUES = frozenset(
-    "index index0 revindex revindex0 first last length depth depth0 previtem nextitem".split()
-)
+_LOOP_VALUES = frozenset("index index0 revindex revindex0 first last length depth depth0 previtem nextitem".split())
 
 
 def attribute(budget: Budget, obj: Any, name: str) -> Any:

@@ -1,32 +1,28 @@
 """Jinja for chat templates that nobody vouches for: what cannot be reached, and what every step costs.
 
 Two lines of defence. **Reach**: a template sees plain data and the few functions below; attributes come from a list of
-allowed names (`methods`), only our own functions and its own macros can be called, there is no loader, so nothing can be
-imported or included. **Cost**: Jinja compiles templates to Python; our code generator puts a hook of `budget` wherever
-that Python could run long or make something large: loops, calls, attributes, operators, comparisons, `~`, slices,
-literals, output, filters and tests (`filters`), methods (`methods`). Nothing is computed while compiling.
+allowed names (`methods`), only our own functions and its own macros can be called, and there is no loader, so nothing
+can be imported or included. **Cost**: Jinja compiles templates to Python; our code generator (`codegen`) puts a hook
+wherever that Python could run long or make something large: loops, calls, attributes, operators, comparisons, `~`,
+slices, literals, output, filters and tests (`filters`), methods (`methods`). Nothing is computed while compiling.
 
 Settings and extras are transformers': trim_blocks, lstrip_blocks, loop controls, `raise_exception`, `strftime_now`,
 `tojson`, the `generation` block. Left out: `autoescape` blocks and `lipsum`. Texts and numbers that no chat needs are
 refused: ranges above 100,000, integers above 4,096 bits.
 """
 
-from collections.abc import Callable, Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
-from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError, TemplateError, TemplateRuntimeError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.lexer import Token, TokenStream
-from jinja2.parser import Parser
+from jinja2.ext import loopcontrols
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatter, SandboxedFormatter
 from jinja2.utils import Cycler, Joiner, Namespace
 from markupsafe import Markup
 
 from edgellama.chat_template.budget import MAX_DEPTH, Budget, Iteration, TooMuch
+from edgellama.chat_template.codegen import Generation, GuardedCode
 from edgellama.chat_template.filters import guarded_filters, guarded_tests
 from edgellama.chat_template.methods import (
     STR,
@@ -41,10 +37,8 @@ from edgellama.chat_template.methods import (
 
 MAX_SOURCE = 1 << 16
 """Characters of a template; the longest in use have some 20,000."""
-MAX_TOKENS = 15_000
 _MAX_RANGE = 100_000
 _MAX_BITS = 4096
-_MAX_LITERAL = 8  # items of a list that need no bill of their own
 _MAX_TIME_FORMAT = 100
 
 _SIMPLE = frozenset({str, int, bool, float, type(None)})
@@ -62,29 +56,26 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         self.budget = Budget()
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], cache_size=0)
-        self.code_generator_class = _GuardedCode
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], cache_size=0)
+        self.code_generator_class = GuardedCode
         self.optimized = False
         self.finalize = self._output
-        self.concat = self._concat  # type: ignore[method-assign, assignment]
-        self.filters = guarded_filters(self)
+        self.concat = self._concat  # type: ignore[method-assign]
+        self.filters = cast(Any, guarded_filters(self))
         self.tests = guarded_tests(self)
         self.globals = {
-            name: Method(function)
-            for name, function in {
-                "cycler": Cycler,
-                "dict": self._dict,
-                "joiner": Joiner,
-                "namespace": self._namespace,
-                "raise_exception": self._raise_exception,
-                "range": self._range,
-                "strftime_now": self._strftime_now,
-            }.items()
+            "cycler": Method(Cycler),
+            "dict": Method(self._dict),
+            "joiner": Method(Joiner),
+            "namespace": Method(self._namespace),
+            "raise_exception": Method(self._raise_exception),
+            "range": Method(self._range),
+            "strftime_now": Method(self._strftime_now),
         }
 
     def handle_exception(self, source: str | None = None) -> Any:
         """Errors stay as they are: nobody is shown a template's traceback."""
-        raise
+        raise  # noqa: PLE0704  # called from except blocks only
 
     # -- hooks that the generated code calls ---------------------------------------------------------------------
 
@@ -120,7 +111,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         self.budget.tick(1 if isinstance(obj, range) else len(obj) // 16)
         return charge_result(self.budget, obj[start:stop:step])
 
-    def getattr(self, obj: Any, attribute: str) -> Any:
+    def getattr(self, obj: Any, attribute: Any) -> Any:
         """`obj.attribute`: an attribute first, else an item, as in Jinja."""
         self.budget.tick()
         value = self._lookup(obj, attribute)
@@ -307,7 +298,7 @@ class _Namespace(Namespace):
 class _Bounded:
     """The part of a `str.format` formatter that watches its fields."""
 
-    _env: GuardedEnvironment
+    _env: Any
 
     def format_field(self, value: Any, format_spec: str) -> Any:
         budget = self._env.budget
@@ -326,106 +317,3 @@ class _Formatter(_Bounded, SandboxedFormatter):
 
 class _EscapeFormatter(_Bounded, SandboxedEscapeFormatter):
     pass
-
-
-class _Generation(Extension):
-    """`{% generation %}`, which marks the assistant's words for training: rendered as it stands. Counts tokens."""
-
-    tags = {"generation"}  # noqa: RUF012  # Jinja's own way
-
-    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
-        budget = self.environment.budget  # type: ignore[attr-defined]
-        for count, token in enumerate(stream):
-            budget.tick(4)
-            if count >= MAX_TOKENS:
-                raise TooMuch(f"more than {MAX_TOKENS} tokens of Jinja")
-            yield token
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A block of its own, out of which no `set` leaks; the filter leaves text alone.
-        return nodes.FilterBlock(body, nodes.Filter(None, "string", [], [], None, None)).set_lineno(line)
-
-
-def _hook(name: str, *args: nodes.Expr, **kwargs: Any) -> nodes.Call:
-    """The call of a method of GuardedEnvironment, which no template can write."""
-    keywords = [nodes.Keyword(key, nodes.Const(value)) for key, value in kwargs.items()]
-    return nodes.Call(nodes.EnvironmentAttribute(name), list(args), keywords, None, None)
-
-
-class _GuardedCode(CodeGenerator):
-    """Jinja's code generator with our hooks in what it writes."""
-
-    environment: GuardedEnvironment
-
-    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        self.environment.budget.tick()
-        return super().visit(node, *args, **kwargs)
-
-    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
-        """Only what is text already; Jinja would evaluate whatever it can."""
-        if isinstance(node, nodes.TemplateData):
-            return node.data
-        if isinstance(node, nodes.Const) and type(node.value) is str:
-            return node.value
-        raise nodes.Impossible()
-
-    def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
-        if isinstance(node.node, nodes.EnvironmentAttribute):
-            self.visit(node.node, frame)
-            self.write("(")
-            for arg in node.args:
-                self.visit(arg, frame)
-                self.write(", ")
-            for keyword in node.kwargs:
-                self.visit(keyword, frame)
-            self.write(")")
-        else:
-            super().visit_Call(node, frame, forward_caller=forward_caller)
-
-    def visit_For(self, node: nodes.For, frame: Frame) -> None:
-        node.iter = _hook("iterate", node.iter)
-        super().visit_For(node, frame)
-
-    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
-        node.expr = _hook("comparable", node.expr)
-        for operand in node.ops:
-            operand.expr = _hook("comparable", operand.expr)
-        super().visit_Compare(node, frame)
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.visit(_hook("joined", nodes.Tuple(node.nodes, "load")), frame)
-
-    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
-        if isinstance(node.arg, nodes.Slice):
-            bounds = (node.arg.start, node.arg.stop, node.arg.step)
-            self.visit(_hook("sliced", node.node, *(nodes.Const(None) if b is None else b for b in bounds)), frame)
-        else:
-            super().visit_Getitem(node, frame)
-
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
-        for pair in node.items:
-            if not isinstance(pair.key, nodes.Const):
-                pair.key = _hook("comparable", pair.key)
-        self._visit_literal(node, frame, super().visit_Dict)
-
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:
-        self._visit_literal(node, frame, super().visit_List)
-
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
-        if node.ctx == "load":
-            self._visit_literal(node, frame, super().visit_Tuple)
-        else:
-            super().visit_Tuple(node, frame)
-
-    def _visit_literal(self, node: Any, frame: Frame, write: Callable[[Any, Frame], None]) -> None:
-        if len(node.items) <= _MAX_LITERAL:
-            write(node, frame)
-            return
-        self.write("environment.literal(")
-        write(node, frame)
-        self.write(f", length={len(node.items)})")
-
-    def visit_ScopedEvalContextModifier(self, node: nodes.ScopedEvalContextModifier, frame: Frame) -> None:
-        self.fail("'autoescape' is not offered to chat templates", node.lineno)

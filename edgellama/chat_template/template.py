@@ -1,4 +1,4 @@
-"""`ChatTemplate`: a conversation in, the model's prompt text out, exactly as transformers' `apply_chat_template` does it.
+"""`ChatTemplate`: a conversation in, the model's prompt text out, exactly as transformers' `apply_chat_template`.
 
 Knows the rules around a template: what the template is given, how the last message is left open. Does not know Jinja's
 dangers (`sandbox`), tokens or models.
@@ -31,7 +31,8 @@ class ChatTemplate:
     `source`: Jinja. `variables`: what every rendering is given, `bos_token` and `eos_token` first of all.
     ChatTemplateError: it does not compile, or asks for too much.
 
-    >>> ChatTemplate("{{ bos_token }}{{ messages[0].content }}", bos_token="<s>").render([{"role": "user", "content": "Hi"}])
+    >>> template = ChatTemplate("{{ bos_token }}{{ messages[0].content }}", bos_token="<s>")
+    >>> template.render([{"role": "user", "content": "Hi"}])
     '<s>Hi'
     """
 
@@ -39,7 +40,9 @@ class ChatTemplate:
         if not isinstance(source, str):
             raise TypeError(f"a chat template must be str, got {type(source).__name__}")
         if len(source) > MAX_SOURCE:
-            raise ChatTemplateError(f"the chat template has {len(source)} characters, at most {MAX_SOURCE} are accepted")
+            raise ChatTemplateError(
+                f"the chat template has {len(source)} characters, at most {MAX_SOURCE} are accepted"
+            )
         self.source = source
         self.variables = variables
         self._lock = threading.Lock()
@@ -192,9 +195,12 @@ def _plain(value: Any) -> Any:
     """
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind.__str__(value) if kind is str else kind.__pos__(value)  # type: ignore[attr-defined]
+    if isinstance(value, str):  # subclasses, such as enums
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__pos__(value)
+    if isinstance(value, float):
+        return float.__pos__(value)
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -5,9 +5,10 @@ Needs transformers. Run from the repository: PYTHONPATH=tests python tests/data/
 
 import json
 
-from chat_cases import CASES, FOLDER, TEMPLATES, TOKENS, source
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+
+from chat_cases import CASES, FOLDER, TEMPLATES, TOKENS, source
 
 
 def reference_tokenizer(template: str) -> PreTrainedTokenizerFast:
