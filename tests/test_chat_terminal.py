@@ -3,12 +3,13 @@
 import os
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+import edgellama
 
 pty = pytest.importorskip("pty", reason="a pseudo-terminal needs a Unix")
 
@@ -78,6 +79,12 @@ class Terminal:
         start = self.seen
         self.seen = self.text.index(words, start) + len(words)
         return self.text[start : self.seen]
+
+    def wait_for_words(self, n):
+        """Until `n` words stand behind the last `wait`."""
+        deadline = time.monotonic() + _SECONDS
+        while len(self.text[self.seen :].split()) < n and self._read(deadline):
+            assert time.monotonic() < deadline
 
     def say(self, line):
         """Type a line, and wait until the prompt is there again; what came in between."""
@@ -151,8 +158,7 @@ def test_a_session_with_the_demo_model(demo, home, tmp_path):
         # Ctrl-C within a reply that would fill the context.
         terminal.type("The dog\n")
         terminal.wait("The dog\n")
-        while len(terminal.text[terminal.seen :].split()) < 2:
-            terminal._read(time.monotonic() + 1)
+        terminal.wait_for_words(2)
         terminal.type("\x03")
         stopped = terminal.wait(PROMPT)
         assert re.search(r"\(stopped after \d+ tokens\)", stopped)
@@ -167,6 +173,7 @@ def test_a_session_with_the_demo_model(demo, home, tmp_path):
         terminal.wait("half a wo")
         terminal.type("\x03")
         assert "/bye" not in terminal.wait(PROMPT)
+        time.sleep(0.3)  # CPython misses a signal between the prompt and its wait for keys
         terminal.type("\x03")
         assert "Ctrl-D or /bye leaves" in terminal.wait(PROMPT)
         terminal.type("/bye\n")
@@ -223,7 +230,6 @@ def test_colours_only_where_they_are_wanted(demo, home):
 
     assert shown()
     assert shown(NO_COLOR="1") == []
-    assert shown(TERM="dumb") == []
 
 
 def test_words_are_not_broken_at_40_columns(demo, home):
@@ -240,26 +246,53 @@ def test_words_are_not_broken_at_40_columns(demo, home):
 
 @pytest.mark.models
 def test_a_session_with_a_chat_model(minimind, home):
-    argv = ["--temperature", "0", "--verbose", "-n", "200"]
-    with Terminal("chat", str(minimind), *argv) as terminal:
-        terminal.wait(PROMPT)
-        assert "Paris" in terminal.say("What is the capital of France?")
-        assert "new at " in terminal.text
-        second = terminal.say("And of Germany?")
-        assert "known)" in second  # the first turn was not computed again
+    """Greedy, so that the screen must show what `llm.chat` says to the same conversation."""
+    questions = ["What is the capital of France?", "And of Germany?"]
+    with edgellama.load(minimind) as llm:
+        messages = []
+        for question in questions:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": llm.chat(messages, max_new_tokens=60, temperature=0).text})
+    with Terminal("chat", str(minimind), "--temperature", "0", "-n", "60") as terminal:
+        assert "no chat template" not in terminal.wait(PROMPT)
+        terminal.say("/set verbose")
+        first, second = (terminal.say(question) for question in questions)
+        assert words(messages[1]["content"]) in words(first)
+        assert words(messages[3]["content"]) in words(second)
+        assert re.search(r"\(\d\d+ known\)", second)  # the first turn was not computed again
         assert "<|im_start|>" in terminal.say("/show template")
-        assert "512" in terminal.say("/show info")
+        assert "hidden 512" in terminal.say("/show info")
+
+        terminal.say("/set parameter max_new_tokens 4000")
         terminal.type("Tell me a long story about the sea.\n")
         terminal.wait("sea.\n")
-        while len(terminal.text[terminal.seen :].split()) < 3:
-            terminal._read(time.monotonic() + 1)
-        os.killpg(terminal.process.pid, signal.SIGINT)
-        assert "(stopped after" in terminal.wait(PROMPT)
+        terminal.wait_for_words(2)
+        terminal.type("\x03")
+        assert re.search(r"\((stopped|cut) after \d+ tokens", terminal.wait(PROMPT))
+
         terminal.say("/save talk")
         terminal.say("/clear")
         assert "loaded 3 turns" in terminal.say("/load talk")
-        assert "Paris" in terminal.say("Repeat: what is the capital of France?")
+        terminal.say("/set parameter max_new_tokens 5")
+        assert "0 known" not in terminal.say("And of Italy?")
         terminal.type("/bye\n")
         assert terminal.end()[0] == 0
     assert "Traceback" not in terminal.text
-    assert "<|im_end|>" not in terminal.text.replace("/show template", "").split("/show info")[0].split("Germany")[0]
+
+
+@pytest.mark.models
+def test_run_converts_a_checkpoint_and_answers_a_pipe(minimind_dir, home):
+    argv = [sys.executable, "-m", "edgellama", "run", str(minimind_dir), "-n", "20", "--temperature", "0"]
+    question = "What is the capital of France?"
+    first = subprocess.run(argv, input=question, capture_output=True, text=True, timeout=300, check=True)
+    argv[4] = "minimind2-small"
+    second = subprocess.run([*argv, "-p", question], capture_output=True, text=True, timeout=300, check=True)
+    assert "France" in first.stdout
+    assert second.stdout == first.stdout
+    assert "stored as minimind2-small" in first.stderr
+    assert second.stderr == ""
+
+
+def words(text):
+    """Without the line breaks that a terminal adds."""
+    return " ".join(text.split())

@@ -220,6 +220,34 @@ def test_text_for_a_terminal_has_no_escape_sequences(capsys, monkeypatch):
     assert capsys.readouterr().out == "a?]0;title?b\nc?\n"
 
 
+@pytest.mark.parametrize(
+    ("environment", "terminal", "coloured"),
+    [
+        ({}, True, True),
+        ({"NO_COLOR": ""}, True, True),
+        ({"NO_COLOR": "0"}, True, False),
+        ({"TERM": "dumb"}, True, False),
+        ({}, False, False),
+    ],
+)
+def test_colours(monkeypatch, environment, terminal, coloured):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"TERM": "xterm", "WT_SESSION": "1"} | environment).items():
+        monkeypatch.setenv(name, value)
+    assert console.styled("x", "bold", sys.stderr) == ("\x1b[1mx\x1b[0m" if coloured else "x")
+
+
+def test_a_note_is_broken_between_words_on_a_terminal_only(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10")
+    console.note("three little words, /a/very/long/path")
+    assert capsys.readouterr().err == "three little words, /a/very/long/path\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    console.note("three little words, /a/very/long/path")
+    assert capsys.readouterr().err == "three\nlittle\nwords,\n/a/very/long/path\n"
+
+
 # -- progress --------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from edgellama import store
 from edgellama.cli import console, main, parameters
 from edgellama.generate import GenerateOptions
 from edgellama.paths import models_dir
-from fakes import fake_llama
+from fakes import fake_llama, hash_llama
 
 ANSWER = ["-n", "3", "--temperature", "0"]
 
@@ -128,9 +128,12 @@ def test_a_stop_text_ends_it(fake, capsys):
     assert capsys.readouterr().out == "bc\n"
 
 
-def test_beams_come_in_one_piece(fake, capsys):
-    assert main(["generate", "m", "-p", "a", *ANSWER, "--num-beams", "2", "-q"]) == 0
-    assert capsys.readouterr() == ("bcd\n", "")
+def test_beams_come_in_one_piece_and_get_their_slots(monkeypatch, capsys):
+    monkeypatch.setattr("edgellama.model.load", lambda model, n_slots, **_: hash_llama(n_slots=n_slots))
+    assert main(["generate", "m", "-p", "a", "-n", "5", "--num-beams", "3", "-q"]) == 0
+    text = hash_llama(n_slots=3).generate("a", 5, num_beams=3).text
+    assert text
+    assert capsys.readouterr() == (f"{text}\n", "")
 
 
 # -- one message -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ _KIND = "edgellama chat"
 _VERSION = 1
 _MAX_BYTES = 16 << 20
 _NAME = re.compile(r"\w[\w .\-]*")
-_NOT_SAVED = {"draft_model"}  # an open model
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Conversation:
             "version": _VERSION,
             "model": self.model,
             "system": self.system,
-            "parameters": {name: value for name, value in self.parameters.items() if name not in _NOT_SAVED},
+            "parameters": self.parameters,
             "messages": self.messages,
         }
         if path.parent == chats_dir():
@@ -128,7 +127,7 @@ def _message(value: object) -> dict[str, str]:
 def _parameters(values: dict[str, Any]) -> dict[str, Any]:
     """Known names only; what a value may be, the model says when it is used."""
     for name in values:
-        if name not in parameters.BY_NAME or name in _NOT_SAVED:
+        if name not in parameters.SETTABLE:
             raise ValueError(f"unknown parameter {name!r}")
     return values
 

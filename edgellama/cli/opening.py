@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from edgellama.cli import console, options
+from edgellama.cli import console, options, parameters
 
 if TYPE_CHECKING:
     from edgellama.model import Llama
@@ -13,14 +13,19 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def opened(args: argparse.Namespace, model: str, given: dict[str, Any]) -> Iterator[tuple["Llama", dict[str, Any]]]:
-    """The model, and the keyword arguments of `generate` that hold open models: a draft model is taken from `given`."""
+    """The model, and the keyword arguments of `generate` for which it was opened: they are taken from `given`.
+
+    A draft model is opened, too; beams need as many slots.
+    """
     from edgellama.model import load
 
     runtime = options.runtime_of(args)
-    draft = given.pop("draft_model", None)
+    extra = {name: given.pop(name) for name in parameters.AT_START if name in given}
+    slots = {"n_slots": extra["num_beams"]} if "num_beams" in extra else {}
     with contextlib.ExitStack() as stack:
-        llm = stack.enter_context(load(model, **runtime))
-        extra = {} if draft is None else {"draft_model": stack.enter_context(load(draft, **runtime))}
+        llm = stack.enter_context(load(model, **runtime, **slots))
+        if "draft_model" in extra:
+            extra["draft_model"] = stack.enter_context(load(extra["draft_model"], **runtime))
         if not args.quiet:
             for remark in llm.notes:
                 console.note(f"note: {remark}")

@@ -115,6 +115,9 @@ _TABLE = (
     Parameter("draft_model", str, "MODEL", "guess ahead with a smaller model", SEARCH, flags=("--draft",)),
 )
 BY_NAME = {parameter.name: parameter for parameter in _TABLE}
+AT_START = ("num_beams", "draft_model")
+"""Those that a model is opened for: a chat cannot change them."""
+SETTABLE = tuple(name for name in BY_NAME if name not in AT_START)
 
 
 def add_basic(parser: argparse.ArgumentParser, max_new_tokens_help: str) -> None:

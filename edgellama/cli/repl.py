@@ -238,11 +238,13 @@ class Repl:
             raise EdgellamaError("the context is as long as it was when the model was opened; start with -c N")
         if not name:
             self._note("/set parameter NAME VALUE, where NAME is one of")
-            self._note(console.table([(each, parameters.BY_NAME[each].help) for each in self._settable()]))
+            self._note(console.table([(each, parameters.BY_NAME[each].help) for each in parameters.SETTABLE]))
             return
+        if name in parameters.AT_START:
+            raise EdgellamaError(f"{name} is chosen when the model is opened; start with {_option(name)}")
         parameter = parameters.BY_NAME.get(name)
-        if parameter is None or name == "draft_model":
-            hint = console.did_you_mean(name, self._settable())
+        if parameter is None:
+            hint = console.did_you_mean(name, parameters.SETTABLE)
             raise EdgellamaError(f"unknown parameter {name!r}{hint or '; /set parameter lists them'}")
         if not text:
             pass  # only tell
@@ -258,16 +260,13 @@ class Repl:
     def _set_history(self, keep: bool) -> Callable[[str], None]:
         return lambda _: setattr(self.lines, "keep_history", keep)
 
-    def _settable(self) -> list[str]:
-        return [name for name in parameters.BY_NAME if name != "draft_model"]
-
     def _complete(self, line: str) -> list[str]:
         """What may stand for the last word of `line`."""
         first, *others = line.split(" ")
         if not others:
             return [*self._commands, *self._synonyms] if first.startswith("/") else []
         if first == "/set":
-            return list(self._settings) if len(others) == 1 else self._settable() if others[0] == "parameter" else []
+            return list(self._settings) if len(others) == 1 else parameters.SETTABLE if others[0] == "parameter" else []
         if first == "/show":
             return list(self._shows)
         return conversation.saved_names() if first in ("/load", "/save") else []
@@ -284,6 +283,10 @@ def _value(parameter: parameters.Parameter, text: str) -> Any:
     except (ArgumentTypeError, ValueError) as error:
         raise EdgellamaError(f"{parameter.name}: {error}") from None
     return values if parameter.repeated else values[0]
+
+
+def _option(name: str) -> str:
+    return parameters.BY_NAME[name].options[0]
 
 
 def _words(text: str) -> list[str]:
