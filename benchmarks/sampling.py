@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py [--vocab 128256] [--history 4000] [--tokens 200] [--json]
 
-Two kinds of logits: "model" has the shape of a language model's (few likely tokens, a long tail), "flat" is noise, where
-half the vocabulary matters: the worst case for filters. The history is a text that repeats itself in places.
+Two kinds of logits: "model" has the shape of a language model's (few likely tokens, a long tail), "flat" is noise,
+where half the vocabulary matters: the worst case for filters. The history is a text that repeats itself in places.
 """
 
 import argparse

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgellama.errors import (
         CancelledError,
         ConfigError,
+        ConstraintError,
         ContextError,
         ConvertError,
         DeviceError,
@@ -43,6 +44,7 @@ _HOME = {  # public name -> the module that defines it
     "ConfigError": "edgellama.errors",
     "ConvertError": "edgellama.errors",
     "TokenizerError": "edgellama.errors",
+    "ConstraintError": "edgellama.errors",
     "ContextError": "edgellama.errors",
     "DeviceError": "edgellama.errors",
     "CancelledError": "edgellama.errors",
@@ -53,6 +55,7 @@ __all__ = [
     "CancelToken",
     "CancelledError",
     "ConfigError",
+    "ConstraintError",
     "ContextError",
     "ConvertError",
     "DeviceError",

@@ -6,6 +6,7 @@
     ├── ConvertError          a source checkpoint cannot be found, read or converted
     ├── TokenizerError        a tokenizer is missing, damaged or of an unsupported kind
     ├── ContextError          the tokens do not fit into the KV cache
+    ├── ConstraintError       a schema, expression or grammar for the output cannot be used, or is not obeyed
     ├── DeviceError           the device asked for is not there
     └── CancelledError        a computation was stopped on request
 
@@ -50,6 +51,10 @@ class TokenizerError(EdgellamaError):
 
 class ContextError(EdgellamaError):
     """More tokens than the KV cache holds."""
+
+
+class ConstraintError(EdgellamaError):
+    """A schema, regular expression or grammar that cannot be used, or a token that it does not allow."""
 
 
 class DeviceError(EdgellamaError):

@@ -217,12 +217,14 @@ def test_an_error_in_a_callback_ends_the_call():
 
 
 def test_the_gil_is_free_while_a_prompt_is_computed(slow_model):
-    """A thread that wants to run every millisecond, as a window's event loop does, runs during one single pass."""
+    """A thread that wants to run every millisecond, as a window's event loop does, runs during one single pass.
+
+    Were the GIL held, there would be a tick at either end. The pass takes a few hundred milliseconds here.
+    """
     with edgellama.load(slow_model, n_threads=1) as llm:
         llm.forward([1])
         llm.reset()
-        n_ticks, computing = 0, threading.Event()
-        over = threading.Event()
+        n_ticks, computing, over = 0, threading.Event(), threading.Event()
 
         def tick():
             nonlocal n_ticks
@@ -232,15 +234,12 @@ def test_the_gil_is_free_while_a_prompt_is_computed(slow_model):
 
         ticking = threading.Thread(target=tick, daemon=True)
         ticking.start()
-        begun = time.perf_counter()
         computing.set()
         llm.forward([1 + i % 290 for i in range(1500)], 1)
         computing.clear()
-        spent = time.perf_counter() - begun
         over.set()
         ticking.join(LIMIT_S)
-    # Were the GIL held, there would be a tick or two at the ends. A busy machine may swallow most, not nearly all.
-    assert spent > 0.05 and n_ticks >= max(5, 0.02 * spent / 0.001), (n_ticks, spent)
+    assert n_ticks >= 5
 
 
 # -- event loops -----------------------------------------------------------------------------------------------------

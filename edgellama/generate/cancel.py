@@ -3,7 +3,6 @@
 Nothing here waits or locks: a signal handler may run between any two bytecodes of the thread that it interrupts.
 """
 
-import contextlib
 from collections.abc import Callable
 
 from edgellama.errors import CancelledError
@@ -46,7 +45,8 @@ class CancelToken:
             callback()
 
     def unlink(self, callback: Callable[[], None]) -> None:
-        with contextlib.suppress(ValueError):
+        """Undo `link`; nothing happens where there is nothing to undo."""
+        if callback in self._callbacks:
             self._callbacks.remove(callback)
 
     def __repr__(self) -> str:

@@ -148,7 +148,8 @@ class Batch:
             return False
         passed = time.perf_counter() - begun
         self._book(parts, logits, passed)
-        self._tell(parts)
+        if self._done < self._total:
+            self._tell(parts)
         spent = time.perf_counter() - begun
         for reply, _, _ in parts:
             if len(reply.token_ids) > 1:
@@ -218,13 +219,12 @@ class Batch:
 
     def _tell(self, parts: list[tuple[Reply, int, int]]) -> None:
         """Progress, of the prompts only."""
-        if self._done < self._total and self._progress is not None:
-            before = self._done
-            for reply, start, end in parts:
-                if not reply.slid and start < reply.prompt.size:
-                    self._done += end - start
-            if self._done > before:
-                self._progress(self._done, self._total)
+        before = self._done
+        for reply, start, end in parts:
+            if not reply.slid and start < reply.prompt.size:
+                self._done += end - start
+        if self._done > before and self._progress is not None:
+            self._progress(self._done, self._total)
 
     def _admit(self) -> None:
         """Give slots to those who wait, in order, as long as the next pass has room for their tokens."""

@@ -8,6 +8,8 @@ promise nothing share prefixes within one call of `generate` only. Knows tokens,
 cache are the backend's.
 """
 
+from functools import partial
+
 import numpy as np
 
 from edgellama.backends import Backend
@@ -73,14 +75,13 @@ class SlotTable:
     """All slots of a backend. `prefix_reuse`: from call to call; None: where the backend's bits allow it."""
 
     def __init__(self, backend: Backend, config: LlamaConfig, prefix_reuse: bool | None = None):
-        self._backend, self._config = backend, config
+        self._backend = backend
         self.slots = [Slot(index, backend.n_ctx) for index in range(backend.n_slots)]
         self.reuses = getattr(backend, "batch_invariant", False) if prefix_reuse is None else prefix_reuse
         self.copies = hasattr(backend, "copy_slot")
+        self.length_class = partial(length_class, config)
+        """`rope.length_class` of this model: length -> class."""
         self._clock = 0
-
-    def length_class(self, length: int) -> int:
-        return length_class(self._config, length)
 
     def take(self, tokens: np.ndarray, *, reuse: bool = True) -> Slot | None:
         """A slot for a sequence that begins with `tokens` (int32), busy from now on; None if all are.

@@ -8,12 +8,28 @@ p-e-w's (github.com/oobabooga/text-generation-webui, #5677).
 
 import copy
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from edgellama.sampling.history import History
 
 _LARGEST_LOG = math.log(np.finfo(np.float32).max)  # llama.cpp's limit on the exponent: the penalty stays finite
+
+
+DEFAULT_BREAKERS = ("\n", ":", '"', "*")
+"""llama.cpp's."""
+
+
+def breaker_ids(
+    token_bytes: Sequence[bytes], breakers: Iterable[str] = DEFAULT_BREAKERS
+) -> tuple[tuple[int, ...], ...]:
+    """`dry_sequence_breaker_ids` for strings: every token with one of `breakers` in it.
+
+    `token_bytes`: by id (`Tokenizer.token_bytes()`). A breaker that only several tokens spell together is not found.
+    """
+    spelt = [each.encode("utf-8") for each in breakers if each]
+    return tuple((index,) for index, token in enumerate(token_bytes) if any(each in token for each in spelt))
 
 
 class Dry:

@@ -194,9 +194,9 @@ def _cut(keys: np.ndarray, weights: np.ndarray, target: float) -> tuple[float, f
         keys, weights = keys.take(pool), weights.take(pool)
     order = np.argsort(-keys)
     cumulative = above + np.cumsum(weights[order], dtype=np.float64)
-    cut = keys[order[min(np.searchsorted(cumulative, target), keys.size - 1)]]
+    cut = float(keys[order[min(int(np.searchsorted(cumulative, target)), keys.size - 1)]])
     larger = np.count_nonzero(keys > cut)
-    return cut, (cumulative[larger - 1] if larger else above)
+    return cut, (float(cumulative[larger - 1]) if larger else above)
 
 
 def _guess_interval(keys: np.ndarray, weights: np.ndarray, target: float) -> tuple[float, float]:

@@ -168,7 +168,7 @@ def _check_number(name: str, value: object) -> None:
 def _check_int(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    _check(value >= least, name, f"at least {least}", value)
+    _check(bool(value >= least), name, f"at least {least}", value)
 
 
 def _check(holds: bool, name: str, wanted: str, value: object) -> None:

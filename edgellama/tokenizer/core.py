@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from edgellama.errors import TokenizerError
 from edgellama.tokenizer.guard import refusing
 from edgellama.tokenizer.stream import StreamDecoder, clean_up
+from edgellama.tokenizer.token_bytes import token_bytes_function
 
 if TYPE_CHECKING:
     import tokenizers
@@ -80,6 +81,22 @@ class Tokenizer:
         for index in after:
             stream.push(index)
         return stream
+
+    def token_bytes(self) -> list[bytes]:
+        """For each id the bytes that it adds in the middle of a text; a special token's own, b"" for an unused id.
+
+        A character may be spread over tokens, so they need not be UTF-8. TokenizerError for a tokenizer whose text is
+        not its tokens' one after the other.
+        """
+        if self._clean_up:
+            raise TokenizerError(
+                "its tokens have no bytes of their own: clean_up_tokenization_spaces rewrites the text"
+            )
+        convert = token_bytes_function(self._decoder)
+        tokens = [b""] * (max(self._backend.get_vocab().values(), default=-1) + 1)
+        for token, index in self._backend.get_vocab().items():
+            tokens[index] = token.encode("utf-8") if index in self.special_ids else convert(token)
+        return tokens
 
     def _token_text(self, skip_special_tokens: bool, index: int) -> str | None:
         number = operator.index(index)
