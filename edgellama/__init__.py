@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from edgellama.generate import AsyncStream, CancelToken, Generation, Stream, Timings, TokenLogprob
     from edgellama.model import Llama, load
+    from edgellama.scoring import Score
 
 _HOME = {  # public name -> the module that defines it
     "load": "edgellama.model",
@@ -39,6 +40,7 @@ _HOME = {  # public name -> the module that defines it
     "Stream": "edgellama.generate",
     "Timings": "edgellama.generate",
     "TokenLogprob": "edgellama.generate",
+    "Score": "edgellama.scoring",
     "EdgellamaError": "edgellama.errors",
     "FormatError": "edgellama.errors",
     "ConfigError": "edgellama.errors",
@@ -63,6 +65,7 @@ __all__ = [
     "FormatError",
     "Generation",
     "Llama",
+    "Score",
     "Stream",
     "Timings",
     "TokenLogprob",

@@ -1,5 +1,7 @@
 """Speculative decoding: the same tokens as plain decoding, whatever is guessed; and the guesses themselves."""
 
+import itertools
+import json
 import threading
 
 import numpy as np
@@ -153,6 +155,28 @@ def test_stop_strings_and_ends_of_text_are_found_among_guesses(llm):
         assert got.finish_reason == "stop"
     printable = [char for char in free.text if char.isascii() and char.isprintable()]
     both(llm, PROMPTS[1], 40, guesses, temperature=0, eos_token_id=[], stop=[printable[-1], free.text[10:12]])
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"regex": "([a-f]{3}, )+end"},
+        {"choice": ["abcabcabc", "abcabd"]},
+        {"json_schema": {"type": "array", "items": {"enum": ["yes", "no"]}, "minItems": 3, "maxItems": 5}},
+    ],
+    ids=" ".join,
+)
+def test_a_constraint_holds_and_guesses_change_nothing(llm, twin, constraint):
+    pytest.importorskip("llguidance")
+    for guesses, options in itertools.product(
+        [{"prompt_lookup_num_tokens": 6}, {"draft_model": twin}], [{"temperature": 0}, {"temperature": 1.2, "seed": 3}]
+    ):
+        got = both(llm, ["abcabcabc, abc, end", "[yes, no"], 30, guesses, **constraint, **options)
+        for each in got:
+            if each.finish_reason == "stop" and "json_schema" in constraint:
+                assert set(json.loads(each.text)) <= {"yes", "no"}
+            if "choice" in constraint:
+                assert each.text in constraint["choice"]
 
 
 def test_a_full_context_ends_the_reply(llm, twin):
