@@ -18,6 +18,7 @@ __version__ = "0.1.0"  # the one source; the build reads it from here
 if TYPE_CHECKING:
     from edgellama.errors import (
         CancelledError,
+        ChatTemplateError,
         ConfigError,
         ConstraintError,
         ContextError,
@@ -47,6 +48,7 @@ _HOME = {  # public name -> the module that defines it
     "ConvertError": "edgellama.errors",
     "TokenizerError": "edgellama.errors",
     "ConstraintError": "edgellama.errors",
+    "ChatTemplateError": "edgellama.errors",
     "ContextError": "edgellama.errors",
     "DeviceError": "edgellama.errors",
     "CancelledError": "edgellama.errors",
@@ -56,6 +58,7 @@ __all__ = [
     "AsyncStream",
     "CancelToken",
     "CancelledError",
+    "ChatTemplateError",
     "ConfigError",
     "ConstraintError",
     "ContextError",

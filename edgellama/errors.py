@@ -5,6 +5,7 @@
     ├── ConfigError           a model config value is missing, ill-typed or unsupported (names the key)
     ├── ConvertError          a source checkpoint cannot be found, read or converted
     ├── TokenizerError        a tokenizer is missing, damaged or of an unsupported kind
+    ├── ChatTemplateError     a chat template is missing, broken, refuses the conversation or asks for too much
     ├── ContextError          the tokens do not fit into the KV cache
     ├── ConstraintError       a schema, expression or grammar for the output cannot be used, or is not obeyed
     ├── DeviceError           the device asked for is not there
@@ -47,6 +48,10 @@ class ConvertError(EdgellamaError):
 
 class TokenizerError(EdgellamaError):
     """A tokenizer that is missing, damaged or of an unsupported kind."""
+
+
+class ChatTemplateError(EdgellamaError):
+    """A chat template that is missing, broken, refuses the conversation or asks for too much."""
 
 
 class ContextError(EdgellamaError):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import numpy as np
 
+from edgellama import chat, openai_shapes
 from edgellama.errors import ConfigError, ContextError, DeviceError, EdgellamaError, TokenizerError
 from edgellama.generate import AsyncStream, CancelToken, GenerateOptions, Generation, Stream
 from edgellama.generate.engine import Batch, Engine
@@ -568,6 +569,13 @@ class Llama:
             engine.slots.release(slot)
             self._cursor = slot
         return session.tokens.tolist()
+
+    # -- conversations, and OpenAI's shapes: these functions are methods -----------------------------------------
+
+    chat = chat.chat
+    create_completion = __call__ = openai_shapes.create_completion
+    create_chat_completion = openai_shapes.create_chat_completion
+    create_embedding = openai_shapes.create_embedding
 
 
 __all__ = ["Llama", "choose_n_ctx", "kv_bytes_per_token", "load"]

@@ -2,7 +2,7 @@
 
 import json
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,8 @@ class Tokenizer:
 
     `vocab_size`: ids the tokenizer knows, added tokens included (a model may have more rows). `bos_id`, `eos_id`: None
     if there is none. `special_ids`: those that `skip_special_tokens` leaves out. `chat_template`: Jinja source, or
-    several by name, unrendered. `kind`: "tokenizer.json" or "tokenizer.model".
+    several by name, unrendered; `special_tokens`: what it is given of them, text by role ("bos_token", ...). `kind`:
+    "tokenizer.json" or "tokenizer.model".
     """
 
     def __init__(
@@ -31,10 +32,12 @@ class Tokenizer:
         bos_id: int | None,
         eos_id: int | None,
         chat_template: str | dict[str, str] | None = None,
+        special_tokens: Mapping[str, str] | None = None,
         clean_up_spaces: bool = False,
     ):
         self._backend, self._clean_up = backend, clean_up_spaces
         self.kind, self.bos_id, self.eos_id, self.chat_template = kind, bos_id, eos_id, chat_template
+        self.special_tokens = dict(special_tokens or {})
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
