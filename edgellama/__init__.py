@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from edgellama.generate import AsyncStream, CancelToken, Generation, Stream, Timings, TokenLogprob
     from edgellama.model import Llama, load
+    from edgellama.scoring import Score
 
 _HOME = {  # public name -> the module that defines it
     "load": "edgellama.model",
@@ -40,6 +41,7 @@ _HOME = {  # public name -> the module that defines it
     "Stream": "edgellama.generate",
     "Timings": "edgellama.generate",
     "TokenLogprob": "edgellama.generate",
+    "Score": "edgellama.scoring",
     "EdgellamaError": "edgellama.errors",
     "FormatError": "edgellama.errors",
     "ConfigError": "edgellama.errors",
@@ -66,6 +68,7 @@ __all__ = [
     "FormatError",
     "Generation",
     "Llama",
+    "Score",
     "Stream",
     "Timings",
     "TokenLogprob",

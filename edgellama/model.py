@@ -234,17 +234,18 @@ class Llama:
         """Positions filled: where the next `forward` starts. After a `generate` of several replies that is 0."""
         return 0 if self._cursor is None else self._cursor.n
 
-    def forward(self, input_ids: Ids, logits_to_keep: int = 0) -> np.ndarray:
+    def forward(self, input_ids: Ids, logits_to_keep: int = 0, *, cancel: CancelToken | None = None) -> np.ndarray:
         """Run `input_ids` (ints [T]) after what is in the cache and keep them there.
 
         Returns logits, float32 [T, vocab_size]; of the last `logits_to_keep` positions only, where that is not 0.
-        Raises ContextError when they do not fit, ValueError or TypeError for ids that are none.
+        Raises ContextError when they do not fit, ValueError or TypeError for ids that are none, CancelledError; then
+        the cache is as it was.
         """
         ids = self._check_ids(input_ids)
         if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int | np.integer) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be an integer of at least 0, got {logits_to_keep!r}")
         keep = min(int(logits_to_keep) or ids.size, ids.size)
-        self._acquire()
+        self._acquire(cancel)
         try:
             if self.n_past + ids.size > self.n_ctx:
                 raise ContextError(
@@ -257,7 +258,7 @@ class Llama:
                 slots.begin()
                 slot = slots.take(ids, reuse=False)
             assert slot is not None
-            logits = self._engine.extend(slot, ids, keep)
+            logits = self._engine.extend(slot, ids, keep, cancel)
             slots.release(slot)
             self._cursor = slot
             return logits

@@ -60,7 +60,7 @@ class Session:
 
 def write_session(path: str | os.PathLike[str], session: Session, model_hash: bytes) -> None:
     """Write `session` of the model with this header hash; EdgellamaError if that cannot be, and nothing has changed."""
-    arrays = [memoryview(_little(a)).cast("B") for a in (session.tokens, session.classes, *session.data.values())]
+    arrays = [_little(a).data for a in (session.tokens, session.classes, *session.data.values())]
     hasher = xxhash.xxh3_128()
     for array in arrays:
         hasher.update(array)
@@ -114,7 +114,9 @@ def _read(source: FileSource, path: Path, config: LlamaConfig, model_hash: bytes
             f"{path}: a session with a {KINDS[kind_number]} cache, this model's is {kind}; load the model with the same"
         )
     if n > n_ctx:
-        raise ContextError(f"{path}: the session has {n} tokens, the context {n_ctx}; load the model with n_ctx={n}")
+        raise ContextError(
+            f"{path}: the session has {n} tokens, the context {n_ctx}; load the model with at least as much (n_ctx)"
+        )
     if n == 0:
         raise FormatError("session.n", 16, "must be at least 1, got 0")
     shapes = {
@@ -131,7 +133,7 @@ def _read(source: FileSource, path: Path, config: LlamaConfig, model_hash: bytes
     at = _SIZE
     for name, (dtype, shape) in shapes.items():
         array = np.empty(shape, dtype.newbyteorder("<"))
-        for piece in _pieces(memoryview(array.reshape(-1).view(np.uint8))):
+        for piece in _pieces(array.reshape(-1).view(np.uint8).data):
             piece[:] = source.read(at, len(piece))
             found.update(piece)
             at += len(piece)

@@ -100,14 +100,15 @@ class HashBackend:
         self.config, self.n_ctx, self.n_slots = config, n_ctx, n_slots
         self.keys = [[None] * n_ctx for _ in range(n_slots)]
         self.calls, self.copies = [], []
-        self.before_forward = lambda: None
+        self.fail_after = None  # so many tokens have been written: a MemoryError
 
     def forward(self, tokens, positions, slots, rows):
-        self.before_forward()
         self.calls.append(list(zip(slots.tolist(), positions.tolist(), tokens.tolist(), strict=True)))
         length = {slot: 1 + max(at for s, at, _ in self.calls[-1] if s == slot) for slot in slots.tolist()}
         made = []
         for slot, at, token in self.calls[-1]:
+            if len(made) == self.fail_after:
+                raise MemoryError
             before = self.keys[slot][at - 1] if at else ""
             assert before is not None, "reads what nobody wrote"
             text = f"{before} {at} {token} {length_class(self.config, length[slot])}"

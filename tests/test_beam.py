@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -397,6 +398,16 @@ def test_stop_strings_end_beams(llm):
     got = llm.generate("Hello", 12, num_beams=3, num_return_sequences=3, eos_token_id=[], stop=stop)
     assert all(stop not in each.text for each in got)
     assert any(each.stop == stop and each.finish_reason == "stop" for each in got)
+
+
+def test_a_constraint_holds_in_every_beam(llm):
+    pytest.importorskip("llguidance")
+    got = llm.generate("Hello", 20, num_beams=4, num_return_sequences=4, regex="[a-f]{2,4}(x|yz)")
+    assert len({each.text for each in got}) == 4
+    assert all(re.fullmatch("[a-f]{2,4}(x|yz)", each.text) and each.finish_reason == "stop" for each in got)
+    choices = ["Paris", "Rome", "London"]
+    every = llm.generate("Hello", 20, num_beams=4, num_return_sequences=3, choice=choices, length_penalty=0.0)
+    assert {each.text for each in every} == set(choices)
 
 
 def test_a_search_ends_on_time_or_request(llm):

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import random
 import threading
 import time
 
@@ -15,6 +16,10 @@ from edgellama.generate.engine import CHUNK
 from fakes import fake_llama, hash_llama
 
 LIMIT_S = 60  # a test that hits it has found a deadlock
+
+
+def some_ids(rng: random.Random, n: int) -> list[int]:
+    return [rng.randrange(2, 30) for _ in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +188,59 @@ def test_prefill_ends_in_mid_pass_and_the_cache_stays_right(slow_model):
         again = llm.generate(other, 3, temperature=0, top_logprobs=9)
         assert again.timings.cached_tokens == 300
         assert (again.token_ids, again.logprobs) == (expected.token_ids, expected.logprobs)
+
+
+def test_a_cancelled_forward_changes_nothing(slow_model):
+    ids = [1 + i % 290 for i in range(1000)]
+    with edgellama.load(slow_model, n_threads=1) as llm:
+        llm.forward(ids[:5])
+        token = edgellama.CancelToken()
+        threading.Timer(0.005, token.cancel).start()
+        with pytest.raises(CancelledError):
+            llm.forward(ids[5:], 1, cancel=token)
+        assert llm.n_past == 5
+        logits = llm.forward(ids[5:9], 1)
+        llm.reset()
+        assert (logits == llm.forward(ids[:9], 1)).all()
+
+
+def test_threads_with_batches_streams_and_cancels_at_once():
+    """Every thread's replies are what a fresh model says, or a beginning of it where it was cancelled."""
+    llm, failures = hash_llama(n_ctx=80, n_slots=2), []
+    rng = random.Random(0)
+    prompts = [some_ids(rng, 1 + 5 * i) for i in range(8)]
+    expected = [hash_llama(n_ctx=80).generate(prompt, 15, temperature=0).token_ids for prompt in prompts]
+
+    def work(seed):
+        rng = random.Random(seed)
+        try:
+            for _ in range(12):
+                i, token = rng.randrange(8), edgellama.CancelToken()
+                how = rng.randrange(4)
+                if how == 0:
+                    got = [result.token_ids for result in llm.generate(prompts[i:] + prompts[:i], 15, temperature=0)]
+                    assert got == expected[i:] + expected[:i]
+                elif how == 1:
+                    threading.Timer(rng.random() * 0.01, token.cancel).start()
+                    ids = llm.generate(prompts[i], 15, temperature=0, cancel=token).token_ids
+                    assert ids == expected[i][: len(ids)]
+                elif how == 2:
+                    with llm.generate(prompts[i], 15, temperature=0, stream=True) as stream:
+                        for _ in zip(range(rng.randrange(9)), stream, strict=False):
+                            pass
+                    assert stream.token_ids == expected[i][: len(stream.token_ids)]
+                else:
+                    assert llm.generate(prompts[i], 15, temperature=0).token_ids == expected[i]
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+        assert not thread.is_alive(), "deadlock"
+    assert failures == []
 
 
 # -- progress --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 The HashBackend notices anything that is reused wrongly; the same is then asked of the real CPU backend, bit by bit.
 """
 
+import contextlib
+import json
 import random
 import threading
 
@@ -240,14 +242,10 @@ def test_random_calls_say_what_a_fresh_model_says(n_slots, rope):
             expected = hash_llama(n_ctx=80, **ROPES[rope]).forward(ids, 1)
             assert (llm.forward(ids, 1) == expected).all()
         elif what == 2:
-
-            def fail():
-                raise MemoryError
-
-            llm.backend.before_forward = fail
-            with pytest.raises(MemoryError):
-                llm.generate(prompt(), 9)
-            llm.backend.before_forward = lambda: None
+            llm.backend.fail_after = rng.randrange(3)
+            with contextlib.suppress(MemoryError):
+                llm.generate([prompt(), prompt()], 9)
+            llm.backend.fail_after = None
         else:
             batch = [prompt() for _ in range(rng.randrange(1, 5))]
             for index, result in enumerate(llm.generate(batch, 12, **options)):
@@ -496,6 +494,29 @@ def test_a_batch_on_the_reference_backend(tiny_model):
         alone = [llm.generate(prompt, 12, temperature=0) for prompt in prompts]
         assert [result.token_ids for result in batch] == [result.token_ids for result in alone]
         assert not any(result.timings.cached_tokens for result in alone)
+
+
+@pytest.mark.parametrize("eos", [None, []])
+def test_each_reply_of_a_batch_has_a_constraint_of_its_own(tiny_model, eos):
+    pytest.importorskip("llguidance")
+    prompts = ["Hello", "a", "Once upon", "1"]
+    with edgellama.load(tiny_model, n_slots=3) as llm:
+        choice = ["yes", "yellow", "no", "never"]
+        options = {"seed": 3, "temperature": 2.0, "eos_token_id": eos}
+        batch = llm.generate(prompts, 30, choice=choice, num_return_sequences=3, **options)
+        assert {result.text for result in batch} <= set(choice) and len({result.text for result in batch}) > 2
+        assert {result.finish_reason for result in batch} == {"stop"}
+        for i, result in enumerate(batch):
+            alone = llm.generate(prompts[i // 3], 30, choice=choice, **{**options, "seed": 3 + i})
+            assert said(alone) == said(result)
+        schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"],
+                  "additionalProperties": False}  # fmt: skip
+        for result in llm.generate(prompts, 120, json_schema=schema, **options):
+            if result.finish_reason == "stop":
+                assert isinstance(json.loads(result.text)["n"], int)
+        assert "".join(llm.generate("a", 9, regex="[xyz]{4}", stream=True, **options)).strip("xyz") == ""
+        with pytest.raises(edgellama.ConstraintError, match="regex"):
+            llm.generate("a", regex="(")
 
 
 @pytest.mark.torch

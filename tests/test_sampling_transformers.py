@@ -115,8 +115,8 @@ def test_filters_on_a_large_vocabulary():
 
 GENERATION = {
     "repetition": {"repetition_penalty": 1.4},
-    "ngrams": {"no_repeat_ngram_size": 2},
-    "bad words": {"bad_words_ids": [[3], [9, 4], [100, 50]]},
+    "ngrams": {"no_repeat_ngram_size": 1},
+    "bad words": {"bad_words_ids": []},  # filled in below, with words that it would say
     "min new tokens": {"min_new_tokens": 12, "repetition_penalty": 0.7},
     "all": {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "bad_words_ids": [[7], [8]], "min_new_tokens": 5},
 }
@@ -142,14 +142,21 @@ def test_greedy_generate(name, tiny_model, exported):
     torch.set_num_threads(1)
     model = LlamaForCausalLM.from_pretrained(exported, dtype=torch.float32, attn_implementation="eager").eval()
     prompt = [1, 5, 9, 5, 9, 5]
-    options = {"max_new_tokens": 24, "do_sample": False, "num_beams": 1, **GENERATION[name]}
-    # Its most probable tokens end the text at once: min_new_tokens has something to do.
-    with torch.no_grad():
-        first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
-        eos = [2, first] if "min_new_tokens" in options else [2]
-        theirs = model.generate(torch.tensor([prompt]), eos_token_id=eos, pad_token_id=0, **options)[0].tolist()
-    params = SamplingParams(temperature=0, **GENERATION[name])
-    sampler = Sampler(params, prompt_ids=prompt, eos_ids=eos)
+    penalties = dict(GENERATION[name])
+
+    def generate(eos, **options):
+        options |= {"max_new_tokens": 24, "do_sample": False, "num_beams": 1, "eos_token_id": eos, "pad_token_id": 0}
+        with torch.no_grad():
+            return model.generate(torch.tensor([prompt]), **options)[0].tolist()
+
+    plain = generate([2])
+    # What is most probable ends the text at once: min_new_tokens has something to do.
+    eos = [2, plain[len(prompt)]] if "min_new_tokens" in penalties else [2]
+    if name == "bad words":
+        penalties["bad_words_ids"] = [plain[8:9], plain[9:11], plain[11:14]]
+    theirs = generate(eos, **penalties)
+    assert theirs != plain
+    sampler = Sampler(SamplingParams(temperature=0, **penalties), prompt_ids=prompt, eos_ids=eos)
     ids = list(prompt)
     with edgellama.load(tiny_model, device="reference") as llm:
         logits = llm.forward(prompt)[-1]

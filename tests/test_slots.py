@@ -43,7 +43,7 @@ def run(backend, tokens, start=0, slot=0, method="forward"):
     return getattr(backend, method)(tokens, np.arange(start, start + n), np.full(n, slot), np.arange(n))
 
 
-@pytest.mark.parametrize("n", [1, 15, 16, 37, 64, 100])
+@pytest.mark.parametrize("n", [1, 16, 37, 100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copied_slot_goes_on_with_the_same_bits(model_file, kind, n):
     backend, tokens = make(model_file, kind), tokens_of(n + 20)
@@ -54,23 +54,24 @@ def test_a_copied_slot_goes_on_with_the_same_bits(model_file, kind, n):
     assert (run(backend, tokens[n:], n, slot=2) == expected).all()
 
 
-@pytest.mark.parametrize(("start", "n"), [(0, 128), (0, 5), (3, 9), (3, 16), (16, 48), (17, 33), (30, 30), (100, 127)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_copy_changes_those_positions_and_no_other(model_file, kind, start, n):
+def test_a_copy_changes_those_positions_and_no_other(model_file, kind):
     backend = make(model_file, kind)
     for slot in range(3):
         run(backend, tokens_of(128, seed=slot), slot=slot)
     before = [backend.read_slot(slot, 128) for slot in range(3)]
-    backend.copy_slot(1, 2, n, start)
-    for slot in range(3):
-        for name, array in backend.read_slot(slot, 128).items():
-            expected = before[slot][name].copy()
-            if slot == 2:
-                expected[:, :, start:n] = before[1][name][:, :, start:n]
-            assert array.tobytes() == expected.tobytes(), (slot, name)
+    for start, n in [(0, 128), (0, 5), (3, 9), (3, 16), (16, 48), (17, 33), (30, 30), (100, 127)]:
+        backend.write_slot(2, before[2])
+        backend.copy_slot(1, 2, n, start)
+        for slot in range(3):
+            for name, array in backend.read_slot(slot, 128).items():
+                expected = before[slot][name].copy()
+                if slot == 2:
+                    expected[:, :, start:n] = before[1][name][:, :, start:n]
+                assert array.tobytes() == expected.tobytes(), (start, n, slot, name)
 
 
-@pytest.mark.parametrize("n", [1, 16, 23, 64])
+@pytest.mark.parametrize("n", [1, 23, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_read_from_a_slot_can_be_written_to_another_context(model_file, kind, n):
     source, tokens = make(model_file, kind), tokens_of(n + 10)

@@ -1,6 +1,7 @@
 """Speculative decoding: the same tokens as plain decoding, whatever is guessed; and the guesses themselves."""
 
 import itertools
+import json
 import threading
 
 import numpy as np
@@ -129,20 +130,21 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
 def test_guesses_change_no_token(llm, twin, stranger, options):
-    for prompt, guesses in itertools.product(
-        PROMPTS,
-        [{"prompt_lookup_num_tokens": 1}, {"prompt_lookup_num_tokens": 8}, {"draft_model": twin}],
-    ):
-        both(llm, prompt, 40, guesses, **options)
-    both(llm, PROMPTS[0], 60, {"draft_model": stranger}, **options)
+    for prompt, guesses in [
+        (PROMPTS[1], {"prompt_lookup_num_tokens": 1}),
+        (PROMPTS[2], {"prompt_lookup_num_tokens": 8}),
+        (PROMPTS[0], {"draft_model": twin}),
+        (PROMPTS[0], {"draft_model": stranger}),  # its context ends before the reply
+    ]:
+        both(llm, prompt, 36, guesses, **options)
 
 
-@pytest.mark.parametrize("options", OPTIONS[:4], ids=" ".join)
+@pytest.mark.parametrize("options", [OPTIONS[2], OPTIONS[3]], ids=" ".join)
 def test_guesses_change_no_token_of_a_batch(llm, twin, stranger, options):
-    """Five replies in three slots: some wait, some end early."""
-    prompts = [*PROMPTS, "Hello", "xyz" * 20]
+    """Five replies in three slots: some wait, some end early, and `stranger` has a slot for one only."""
+    prompts = [*PROMPTS, "Hello", "xyz" * 10]
     for guesses in ({"prompt_lookup_num_tokens": 5}, {"draft_model": twin}, {"draft_model": stranger}):
-        both(llm, prompts, 30, guesses, num_return_sequences=2, **options)
+        both(llm, prompts, 15, guesses, **options)
 
 
 def test_stop_strings_and_ends_of_text_are_found_among_guesses(llm):
@@ -153,6 +155,28 @@ def test_stop_strings_and_ends_of_text_are_found_among_guesses(llm):
         assert got.finish_reason == "stop"
     printable = [char for char in free.text if char.isascii() and char.isprintable()]
     both(llm, PROMPTS[1], 40, guesses, temperature=0, eos_token_id=[], stop=[printable[-1], free.text[10:12]])
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"regex": "([a-f]{3}, )+end"},
+        {"choice": ["abcabcabc", "abcabd"]},
+        {"json_schema": {"type": "array", "items": {"enum": ["yes", "no"]}, "minItems": 3, "maxItems": 5}},
+    ],
+    ids=" ".join,
+)
+def test_a_constraint_holds_and_guesses_change_nothing(llm, twin, constraint):
+    pytest.importorskip("llguidance")
+    for guesses, options in itertools.product(
+        [{"prompt_lookup_num_tokens": 6}, {"draft_model": twin}], [{"temperature": 0}, {"temperature": 1.2, "seed": 3}]
+    ):
+        got = both(llm, ["abcabcabc, abc, end", "[yes, no"], 30, guesses, **constraint, **options)
+        for each in got:
+            if each.finish_reason == "stop" and "json_schema" in constraint:
+                assert set(json.loads(each.text)) <= {"yes", "no"}
+            if "choice" in constraint:
+                assert each.text in constraint["choice"]
 
 
 def test_a_full_context_ends_the_reply(llm, twin):

@@ -114,7 +114,8 @@ def _read_docstring(text: str) -> tuple[str, dict[str, str], str | None]:
     marks = list(_SECTION.finditer(text))
     description = text[: marks[0].start()].strip() if marks else text.strip()
     sections: dict[str, str] = {}
-    for mark, end in zip(marks, [*[each.start() for each in marks[1:]], len(text)], strict=True):
+    for index, mark in enumerate(marks):
+        end = marks[index + 1].start() if index + 1 < len(marks) else len(text)
         sections.setdefault(mark.group(1), text[mark.end() : end].strip("\n"))
     returned = sections.get("Returns")
     return description, _read_arguments(sections.get("Args", "")), returned.strip() if returned is not None else None

@@ -62,7 +62,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         self.finalize = self._output
         self.concat = self._concat  # type: ignore[method-assign]
         self.filters = cast(Any, guarded_filters(self))
-        self.tests = guarded_tests(self)
+        self.tests = cast(Any, guarded_tests(self))
         self.globals = {
             "cycler": Method(Cycler),
             "dict": Method(self._dict),
@@ -205,7 +205,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
     def _lookup(self, obj: Any, name: str) -> Any:
         """An allowed attribute, an undefined for one that is not, `_NOTHING` where there is none."""
         if isinstance(obj, Undefined):
-            return getattr(obj, name)  # raises UndefinedError
+            return self.unsafe_undefined(obj, name) if name.startswith("_") else getattr(obj, name)  # UndefinedError
         if isinstance(obj, str):
             if name in STR or name == "join":
                 return str_method(self.budget, obj, name)

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         if args.generate:
             extra = bench.run_generate(file, args.generate, args.repetitions, args.threads, args.kv_cache)
         if args.json:
-            console.say_json([row.to_dict() for row in (*rows, *([extra] if extra else []))])
+            console.say_json([row.to_dict() for row in rows] + ([extra.to_dict()] if extra else []))
             return 0
         if rows:
             console.say(f"memory: {rows[-1].bandwidth / 1e9:.1f} GB/s; peak RSS: {rows[-1].peak_rss / 2**20:.0f} MiB")
@@ -81,7 +81,7 @@ class _Table:
     """llama-bench's Markdown table, a row at a time."""
 
     HEADS = ("model", "size", "params", "backend", "threads", "test", "t/s", "of memory", "TTFT")
-    WIDTHS = (20, 10, 8, 7, 7, 16, 18, 9, 8)
+    WIDTHS = (20, 10, 8, 7, 7, 16, 21, 9, 8)
 
     def __init__(self, model: str, size: int, params: int):
         self._fixed = [model, f"{size / 2**30:.2f} GiB", _billions(params), "cpu"]

@@ -19,8 +19,8 @@ from .writer import check_replaceable
 def write_file(path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview], magic: bytes, what: str) -> None:
     """Write `pieces` to `path`: temporary file, fsync, rename.
 
-    EdgellamaError where something else is in the way (a file that does not begin with `magic`, so is not `what`), or the
-    folder is missing or full; then the destination is as it was, and the temporary file gone.
+    EdgellamaError where something else is in the way (a file that does not begin with `magic`, so is not `what`), or
+    the folder is missing or full; then the destination is as it was, and the temporary file gone.
     """
     destination = Path(os.path.realpath(path))  # a symbolic link stays, its target is replaced
     if not destination.parent.is_dir():

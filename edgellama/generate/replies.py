@@ -79,6 +79,7 @@ def _constraints(
         return lambda: None
     from edgellama.constraint import make_constraint
 
+    assert tokenizer is not None  # the caller has seen to it
     return make_constraint(tokenizer, eos_ids, vocab_size, **request.constraint).fork
 
 

@@ -31,7 +31,7 @@ class GenerateOptions(SamplingOptions, total=False):
     early_stopping: bool | Literal["never"] | None
     prompt_lookup_num_tokens: int | None
     draft_model: Any  # a Llama: this module is below it
-    json_schema: str | Mapping[str, Any] | None
+    json_schema: Any  # a dict, JSON text, True, or a class with `model_json_schema`
     regex: str | None
     choice: Sequence[str] | None
     grammar: str | None
@@ -57,7 +57,7 @@ class Request:
     early_stopping: bool | Literal["never"] = False
     prompt_lookup_num_tokens: int | None = None
     draft_model: Any = None
-    json_schema: str | Mapping[str, Any] | None = None
+    json_schema: Any = None
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None

@@ -60,8 +60,10 @@ class SpeculativeBatch(Batch):
 
     def close(self) -> None:
         """See `Batch.close`."""
-        super().close()
-        self._on_close()
+        try:
+            super().close()
+        finally:
+            self._on_close()
 
     def _guess(self, reply: Reply) -> list[int]:
         """No more than fit into the cache, nor than RoPE rotates as if they came one by one."""

@@ -77,10 +77,11 @@ def typical_p(ids: np.ndarray, logits: np.ndarray, mass: float) -> Candidates:
     """
     if mass >= 1 or ids.size == 1:
         return ids, logits
-    weights = _weights(logits)
+    shifted = _shifted(logits)
+    weights = np.exp(shifted)
     total = _sum(weights)
     # From -inf to a number whose probability is 0 all the same: 0 * -inf would be no number.
-    logprobs = np.maximum(_shifted(logits) - math.log(total), -1e4)
+    logprobs = np.maximum(shifted - math.log(total), -1e4)
     surprise = -_sum(weights * logprobs) / total
     typicality = -np.abs(logprobs + surprise)
     cut, _ = _cut(typicality, weights, mass * total)
