@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -260,7 +260,7 @@ class Repl:
     def _set_history(self, keep: bool) -> Callable[[str], None]:
         return lambda _: setattr(self.lines, "keep_history", keep)
 
-    def _complete(self, line: str) -> list[str]:
+    def _complete(self, line: str) -> Sequence[str]:
         """What may stand for the last word of `line`."""
         first, *others = line.split(" ")
         if not others:
