@@ -121,7 +121,7 @@ def completion_chunks(stream: ReplyStream, head: dict[str, Any]) -> Iterator[Com
             new = tokens.take()
             yield _completion_chunk(head, piece, None if new is None else _completion_logprobs(new, tokens.offset(new)))
         reply = stream.result
-        new = tokens.take(last=True)
+        new = tokens.take()
         rest = None if not new else _completion_logprobs(new, tokens.offset(new))
         yield _completion_chunk(head, "", rest, _finish_reason(reply))
 
@@ -139,11 +139,11 @@ class _NewTokens:
     def __init__(self, stream: ReplyStream):
         self._stream, self._seen, self._length = stream, 0, 0
 
-    def take(self, *, last: bool = False) -> list[TokenLogprob] | None:
+    def take(self) -> list[TokenLogprob] | None:
         reply = self._stream.result
         if reply.logprobs is None:
             return None
-        tokens = _shown(reply) if last else reply.logprobs
+        tokens = _shown(reply)
         new, self._seen = tokens[self._seen :], len(tokens)
         return new
 
@@ -170,8 +170,8 @@ def chat_completion(reply: Reply, head: dict[str, Any], names: list[str]) -> Cha
 def chat_chunks(stream: ReplyStream, head: dict[str, Any], names: list[str]) -> Iterator[ChatCompletionChunk]:
     """The role first, then text and calls, the reason of the end last."""
 
-    def chunk(delta: ChatDelta, *, last: bool = False, reason: FinishReason | None = None) -> ChatCompletionChunk:
-        new = tokens.take(last=last) if delta or last else None
+    def chunk(delta: ChatDelta, reason: FinishReason | None = None) -> ChatCompletionChunk:
+        new = tokens.take()
         logprobs = _chat_logprobs(new) if new else None
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return cast(ChatCompletionChunk, {**head, "object": "chat.completion.chunk", "choices": [choice]})
@@ -189,7 +189,7 @@ def chat_chunks(stream: ReplyStream, head: dict[str, Any], names: list[str]) -> 
             yield chunk({"content": words})
         for index, call in enumerate(calls):
             yield chunk({"tool_calls": [{"index": index, **_tool_call(call)}]})
-        yield chunk({}, last=True, reason="tool_calls" if calls else _finish_reason(stream.result))
+        yield chunk({}, "tool_calls" if calls else _finish_reason(stream.result))
 
 
 def _tool_call(call: Call) -> ToolCall:

@@ -520,6 +520,40 @@ def test_texts_and_scores_are_those_of_transformers(name, tmp_path):
     assert finished > 30 and different <= 2  # texts that end by themselves; near ties
 
 
+@pytest.mark.torch
+@pytest.mark.models
+def test_texts_of_a_real_model_are_those_of_transformers(minimind_dir, tmp_path):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from edgellama_convert import convert, export_hf
+
+    torch.set_num_threads(1)
+    convert(minimind_dir, tmp_path / "m.edgellama")
+    export_hf(tmp_path / "m.edgellama", tmp_path / "exported", dtype="float32")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
+    for device in ("reference", "cpu"):
+        with edgellama.load(tmp_path / "m.edgellama", device=device, n_ctx=128, n_slots=4) as llm:
+            for prompt, options in [
+                ("The capital of France is", {"num_beams": 4}),
+                ("Once upon a time", {"num_beams": 3, "length_penalty": 0.5, "no_repeat_ngram_size": 3}),
+                ("1, 2, 3,", {"num_beams": 2, "early_stopping": True, "repetition_penalty": 1.2}),
+            ]:
+                ids = llm.tokenizer.encode(prompt)
+                expected = model.generate(
+                    torch.tensor([ids]),
+                    attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                    do_sample=False,
+                    max_new_tokens=24,
+                    eos_token_id=sorted(llm.eos_ids),
+                    pad_token_id=0,
+                    **options,
+                )[0, len(ids) :]
+                neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, **options}
+                got = llm.generate(prompt, 24, **neutral)
+                assert got.token_ids == list(_until_eos(expected.tolist(), llm.eos_ids)), (device, prompt)
+
+
 # Of one log-probability. The reference's: twice the largest error of a logit, whose range is below 25 here. The CPU's:
 # a divergence of 1e-6 (see closeness.py) comes of an error of some sqrt(2e-6) in each logit; four times that.
 REFERENCE_ERROR = 2 * ORACLE_TOLERANCE * 25

@@ -14,7 +14,7 @@ from edgellama.errors import ChatTemplateError
 
 SECONDS = 1.0
 CHARACTERS = 1_000_000
-MEGABYTES = 300
+MEGABYTES = 200
 
 _watched: list[str] | None = None
 

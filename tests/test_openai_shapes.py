@@ -327,3 +327,12 @@ def test_embeddings():
         "usage": {"prompt_tokens": 5, "total_tokens": 5},
     }
     assert len(create_embedding(FakeLlm(), "ab")["data"]) == 1
+
+
+def test_the_ending_token_is_never_told():
+    llm = FakeLlm(says="ab", piece=10)
+    chunks = list(create_completion(llm, "x", stream=True, logprobs=0))
+    assert [token for chunk in chunks for token in (chunk["choices"][0]["logprobs"] or {"tokens": []})["tokens"]] == [
+        "a",
+        "b",
+    ]

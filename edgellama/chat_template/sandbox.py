@@ -7,8 +7,8 @@ wherever that Python could run long or make something large: loops, calls, attri
 slices, literals, output, filters and tests (`filters`), methods (`methods`). Nothing is computed while compiling.
 
 Settings and extras are transformers': trim_blocks, lstrip_blocks, loop controls, `raise_exception`, `strftime_now`,
-`tojson`, the `generation` block. Left out: `autoescape` blocks and `lipsum`. Texts and numbers that no chat needs are
-refused: ranges above 100,000, integers above 4,096 bits.
+`tojson`, the `generation` block. Left out: `autoescape` blocks, `self`, `lipsum`. Texts and numbers that no chat needs
+are refused: ranges above 100,000, integers above 4,096 bits.
 """
 
 from datetime import datetime
