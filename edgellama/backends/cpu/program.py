@@ -78,7 +78,7 @@ def forward(plans, layers, packs, rank):
     if rank == 0:
         atomic_store(for_call, 0)
     if n_rows > 0:
-if p.hidden_out != 0:
+        if p.hidden_out != 0:
             hidden_of_rows(p, for_call + work)
         else:
             logits_of_rows(p, for_call + work, packs, rank, scratch)
