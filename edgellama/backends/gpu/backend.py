@@ -7,7 +7,7 @@ through torch operations (`plain.py`); both write the same cache. Beyond `Backen
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,12 +52,14 @@ class TorchBackend:
         dtype: str | None = None,
         kernels: bool | None = None,
         chunk: int | None = None,
+        step_tokens: int | None = None,
     ):
         """`device`: "cuda" or "cpu". `kv_cache`: "float16", "bfloat16" or "int8" ("float32" without kernels).
 
         `dtype`: what matrices are multiplied in: None is bfloat16 on a GPU that has it (else float16), float32 on the
         CPU. `kernels`: None takes Triton's where they work; False is plain torch; True demands them (on the CPU under
-        TRITON_INTERPRET=1). `chunk`: tokens of prefill at once.
+        TRITON_INTERPRET=1). `chunk`: tokens of prefill at once; `step_tokens`: up to this many go through the
+        kernels (None: as many as they take).
         """
         self.config, self.n_ctx, self.n_slots = model_file.config, n_ctx, n_slots
         self.device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
@@ -75,7 +77,7 @@ class TorchBackend:
             self._weights = Weights(model_file, self.device, COMPUTE_DTYPES[self.dtype], **dequantize)
             self._cache = Cache(self.config, n_ctx, n_slots, kv_cache, self.device)
             self._program = Program(self.config, self._weights, self._cache)
-            self._decoder, self._steps = self._make_decoder() if self._use_kernels else (None, None)
+            self._decoder, self._steps = self._make_decoder(step_tokens) if self._use_kernels else (None, None)
 
     def _choose_kernels(self, asked: bool | None, kv_cache: str) -> bool:
         if kv_cache not in DTYPES:
@@ -91,11 +93,11 @@ class TorchBackend:
             self.notes.append(f"{why}: running as plain torch operations, several times slower")
         return asked if asked is not None else self.device.type == "cuda" and why is None
 
-    def _make_decoder(self) -> tuple[Decoder, Steps]:
+    def _make_decoder(self, step_tokens: int | None) -> tuple[Decoder, Steps]:
         from .decode import MAX_TOKENS, Decoder
         from .graph import Steps
 
-        tokens = min(MAX_TOKENS, self.n_ctx * self.n_slots)
+        tokens = min(step_tokens or MAX_TOKENS, MAX_TOKENS, self.n_ctx * self.n_slots)
         by_position = self.config.rope.rope_type not in DEPEND_ON_LENGTH
         positions = np.arange(self.n_ctx if by_position else tokens)
         angles = cos_sin(self.config, positions, int(positions[-1]) + 1)
@@ -126,7 +128,7 @@ class TorchBackend:
         if self._takes(tokens):
             assert self._decoder is not None
             self._step(tokens, positions, slots, "logits")
-            found = self._decoder.logits[: len(tokens)].cpu().numpy()
+            found = self._decoder.logits[: len(tokens)].to("cpu", copy=True).numpy()
             return found if len(rows) == len(tokens) else found[rows]
         logits = np.empty((len(rows), self.config.vocab_size), np.float32)
         done = 0
@@ -196,7 +198,7 @@ class TorchBackend:
             if not greedy:
                 decoder.choices[: len(rows)].copy_(as_rows(choices))
             self._step(tokens, positions, slots, "greedy" if greedy else "sampled")
-            return _finite(decoder.chosen[: len(tokens)].cpu().numpy())
+            return _finite(decoder.chosen[: len(tokens)].to("cpu", copy=True).numpy())
         chosen, done = [np.zeros(0, np.int32)], 0
         for hidden in self._chunks(tokens, positions, slots, rows):
             if len(hidden):
@@ -296,15 +298,11 @@ class TorchBackend:
         for start in range(0, len(tokens), self._chunk):
             part = slice(start, min(start + self._chunk, len(tokens)))
             cos, sin = self._angles(positions[part], slots[part], lengths)
-            x = self._program.run(tokens[part], positions[part], slots[part], cos, sin, self._pause)
+            x = self._program.run(tokens[part], positions[part], slots[part], cos, sin, self._checkpoint)
             upto = int(np.searchsorted(rows, part.stop))
             wanted = torch.from_numpy(rows[done:upto].astype(np.int64) - start).to(self.device)
             yield self._program.norm(x[wanted], "model.norm")
             done = upto
-
-    @property
-    def _pause(self) -> Callable[[], None]:
-        return self._checkpoint
 
     def _angles(self, positions, slots, lengths) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines, float32 [T, head_dim / 2] each; every slot's sequence has a length of its own."""

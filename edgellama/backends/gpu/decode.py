@@ -30,6 +30,9 @@ _ROWS = 64
 """Rows of a program of `gemm`."""
 _PARTIAL_SPLITS = 8
 
+OPTIONS = {"enable_fp_fusion": True}
+"""For every kernel: a product and a sum are one instruction. Triton's default, until 3.10."""
+
 Launches = list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
 
 
@@ -201,10 +204,14 @@ class Decoder:
         return [(kernels.gemm, (programs, splits), arguments, constants)], partials, splits
 
     def _tile(self, groups: int, programs: int) -> dict[str, int]:
-        """Lines and warps of a program that multiplies: all bytes of a wave of programs are to be on their way at once."""
-        lines = 128 if programs >= 4 * self._processors else 512
+        """Lines and warps of a program that multiplies, fewer programs being larger ones.
+
+        A warp for 16 lines: with fewer lines than threads Triton loads activations straight to where they are needed;
+        with as many it sends them through shared memory, two barriers each.
+        """
+        lines = 64 if programs >= 4 * self._processors else 128
         lines = min(lines, _power(16 * groups))
-        return {"LINES": lines, "num_warps": max(1, lines // 32)}
+        return {"LINES": lines, "num_warps": lines // 16}
 
     def _qkv(self, i: int, layer: Layer, m: int) -> Launches:
         config, joined, cache = self.config, layer.qkv, self._cache
@@ -222,7 +229,7 @@ class Decoder:
             joined.biases[1], joined.biases[2], self._blocks, config.hidden_size, self._n_ctx,
             config.head_dim**-0.5 * log2e, config.rms_norm_eps,
         )  # fmt: skip
-        lines = max(16, min(128 * 16 // pairs, _power(16 * joined.groups)))
+        lines = max(16, min(64 * 16 // pairs, _power(16 * joined.groups)))
         constants = {
             "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": config.head_dim, "PAIRS": pairs, "LINES": lines,
             "BLOCKS": _power(self._blocks), "SPLITS": splits, "HAS_BIAS": joined.parts[0].bias is not None,
@@ -272,9 +279,9 @@ class Decoder:
             self._inner, joined.groups, joined.n_rows, m, joined.rows[1], joined.scale_gaps[1], joined.biases[1],
             self._blocks, config.hidden_size, config.intermediate_size, self._inner.shape[1] // 8, config.rms_norm_eps,
         )  # fmt: skip
-        lines = min(128, _power(16 * joined.groups))
+        lines = min(64, _power(16 * joined.groups))
         constants = {
-            "LINES": lines, "BLOCKS": _power(self._blocks), "SPLITS": splits, "num_warps": max(1, lines // 32),
+            "LINES": lines, "BLOCKS": _power(self._blocks), "SPLITS": splits, "num_warps": lines // 16,
             "HAS_BIAS": joined.parts[0].bias is not None, "ACTIVATION": config.hidden_act,
         }  # fmt: skip
         return [*before, (kernels.gate_up, (joined.parts[0].blocks, m), arguments, constants)]
@@ -295,7 +302,7 @@ class Decoder:
 def launch(launches: Launches) -> None:
     """Run kernels in order on the current stream."""
     for kernel, grid, arguments, constants in launches:
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, **constants, **OPTIONS)
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor | None, bits: int, out: torch.Tensor) -> torch.Tensor:
@@ -306,7 +313,7 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor | None, bits: int, out:
     n_rows, groups = out.shape[1], codes.shape[1]
     grid = -(-n_rows // _ROWS), groups
     words = codes.view(torch.int32)
-    kernels.dequantize[grid](words, scales, out, groups, n_rows, BITS=bits, ROWS=_ROWS, num_warps=4)
+    kernels.dequantize[grid](words, scales, out, groups, n_rows, BITS=bits, ROWS=_ROWS, num_warps=4, **OPTIONS)
     return out
 
 

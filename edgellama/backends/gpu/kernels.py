@@ -60,14 +60,18 @@ def multiply(codes, scales, x, rows, n_groups, BITS: tl.constexpr, LINES: tl.con
     lanes = (rows % 16)[None, :]
     block = (rows // 16).to(tl.int64)[None, :] * n_groups
     total = tl.zeros((LINES, rows.shape[0]), tl.float32)
+    if BITS == 4:
+        line = tl.arange(0, LINES)
+        ahead = tl.load(codes + block * 256 + line[:, None] * 16 + lanes, mask=(line < n_lines)[:, None], other=0)
     for start in range(0, n_lines, LINES):
         lines = start + tl.arange(0, LINES)
         inside = lines < n_lines
         mask = inside[:, None]
         at = lines[:, None] * 16 + lanes
         part = tl.zeros((LINES, rows.shape[0]), tl.float32)
-        if BITS == 4:
-            words = tl.load(codes + block * 256 + at, mask=mask, other=0)
+        if BITS == 4:  # the next tile is on its way while this one is multiplied
+            words = ahead
+            ahead = tl.load(codes + block * 256 + at + LINES * 16, mask=(lines + LINES < n_lines)[:, None], other=0)
         if BITS == 8:
             words = tl.load(codes + block * 512 + at + lines[:, None] * 16, mask=mask, other=0)
             odd = tl.load(codes + block * 512 + at + lines[:, None] * 16 + 16, mask=mask, other=0)
@@ -234,23 +238,30 @@ def qkv(
     else:
         slot = tl.load(slots + m).to(tl.int64)
         place_of = (slot * KV_HEADS + kv_head) * n_ctx + position
+        factor = 1.0
         if INT8:
             size = tl.maximum(tl.abs(low), tl.abs(high))
             top = tl.max(tl.where(inside, size, 0.0), 0)
             factor = tl.where(top > 1e-30, 127.0 / tl.maximum(top, 1e-30), 0.0)
-            low, high = tl.floor(low * factor + 0.5), tl.floor(high * factor + 0.5)
             if is_v:
                 tl.store(value_scales + place_of, top / 127.0)
             else:
                 tl.store(key_scales + place_of, top / 127.0)
         at = place_of * HEAD_DIM + i
-        low, high = low.to(keys.dtype.element_ty), high.to(keys.dtype.element_ty)
         if is_v:
-            tl.store(values + at, low, mask=inside)
-            tl.store(values + at + HALF, high, mask=inside)
+            keep(values + at, low, inside, factor, INT8)
+            keep(values + at + HALF, high, inside, factor, INT8)
         else:
-            tl.store(keys + at, low, mask=inside)
-            tl.store(keys + at + HALF, high, mask=inside)
+            keep(keys + at, low, inside, factor, INT8)
+            keep(keys + at + HALF, high, inside, factor, INT8)
+
+
+@triton.jit
+def keep(to, x, inside, factor, INT8: tl.constexpr):
+    """Store x as the cache's elements; codes of an int8 cache round halves up, as `cache.quantize` does."""
+    if INT8:
+        x = tl.floor(x * factor + 0.5)
+    tl.store(to, x.to(to.dtype.element_ty), mask=inside)
 
 
 @triton.jit
