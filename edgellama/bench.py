@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgellama import devices
 from edgellama.errors import ContextError
 
 if TYPE_CHECKING:
-    from edgellama.backends.cpu import CpuBackend
     from edgellama.format import ModelFile
 
 
@@ -45,9 +45,10 @@ class Row:
 
     `bandwidth_share`: bytes of weights and cache that the steps read, over what the memory delivers to as many threads;
     None for prefill. `ttft_s`: prompt to first token; None for decode. `peak_rss`: of the process so far, with the
-    mapped file's resident pages.
+    mapped file's resident pages. `n_threads` is 0 and `device_bytes` (the most memory held so far) not None on a GPU.
     """
 
+    backend: str
     n_prompt: int
     n_gen: int
     n_depth: int
@@ -61,6 +62,7 @@ class Row:
     ttft_s: float | None
     model_bytes: int
     peak_rss: int
+    device_bytes: int | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,28 +85,41 @@ def run(
     n_threads: int | None = None,
     kv_cache: str = "float16",
     progress: Callable[[Test, int], None] = lambda test, repetition: None,
+    device: str = "cpu",
 ) -> Iterator[Row]:
-    """Yield a Row for each test; `progress(test, repetition)` comes before each sample. Needs the CPU backend."""
-    from edgellama.backends.cpu import CpuBackend
-    from edgellama.backends.cpu.bandwidth import Bandwidth
-
+    """Yield a Row for each test; `progress(test, repetition)` comes before each sample."""
+    device = devices.resolve(device, kv_cache)
     n_ctx = max(test.n_depth + max(test.n_prompt, test.n_gen) for test in tests)
     if n_ctx > file.config.max_position_embeddings:
         raise ContextError(f"{n_ctx} tokens do not fit into the model's {file.config.max_position_embeddings}")
     n_slots = max(test.n_batch for test in tests)
-    backend = CpuBackend(file, n_ctx, n_slots, n_threads, kv_cache=kv_cache)
-    bandwidth = Bandwidth(backend.n_threads)
+    backend = devices.make_backend(device, file, n_ctx, n_slots, n_threads, kv_cache)
+    threads, bandwidth = _yardstick(device, backend)
     try:
         for test in tests:
-            yield _measure(file, backend, bandwidth, test, repetitions, progress)
+            yield _measure(file, device, backend, threads, bandwidth, test, repetitions, progress)
     finally:
         backend.close()
         bandwidth.close()
 
 
+def _yardstick(device: str, backend: Any) -> tuple[int, Any]:
+    """Threads that compute (0: none of the CPU's), and what measures the memory they read."""
+    if device == "cuda":
+        from edgellama.backends.gpu.bandwidth import DeviceBandwidth
+
+        return 0, DeviceBandwidth()
+    from edgellama.backends.cpu.bandwidth import Bandwidth
+    from edgellama.backends.cpu.threads import default_threads
+
+    threads = getattr(backend, "n_threads", None) or default_threads()
+    return threads, Bandwidth(threads)
+
+
 def _measure(
-    file: ModelFile, backend: CpuBackend, bandwidth: Any, test: Test, repetitions: int, progress: Callable
-) -> Row:
+    file: ModelFile, device: str, backend: Any, threads: int, bandwidth: Any, test: Test, repetitions: int,
+    progress: Callable,
+) -> Row:  # fmt: skip
     rng = np.random.default_rng(0)
     run = _Run(backend, rng)
     for slot in range(test.n_batch if test.n_depth else 0):
@@ -123,10 +138,11 @@ def _measure(
     share = None
     if test.n_gen:
         steps_a_second = statistics.median(rates) / test.n_batch
-        share = bytes_per_step(file, test, backend.kv_cache) * steps_a_second / memory
+        share = bytes_per_step(file, test, getattr(backend, "kv_cache", "float32")) * steps_a_second / memory
     return Row(
+        backend=device,
         **asdict(test),
-        n_threads=backend.n_threads,
+        n_threads=threads,
         avg_ts=statistics.mean(rates),
         stddev_ts=statistics.stdev(rates) if len(rates) > 1 else 0.0,
         samples_ts=rates,
@@ -135,13 +151,14 @@ def _measure(
         ttft_s=statistics.median(seconds) if test.n_prompt else None,
         model_bytes=file.size,
         peak_rss=peak_rss(),
+        device_bytes=getattr(backend, "device_bytes", None),
     )
 
 
 class _Run:
     """Samples of one test on one backend, with random tokens."""
 
-    def __init__(self, backend: CpuBackend, rng: np.random.Generator):
+    def __init__(self, backend: Any, rng: np.random.Generator):
         self._backend, self._rng = backend, rng
 
     def _tokens(self, n: int) -> np.ndarray:
@@ -160,7 +177,11 @@ class _Run:
         if test.n_prompt:
             for slot in slots:
                 self.prefill(test.n_prompt, test.n_depth, int(slot))
-        for step in range(min(test.n_gen, 4) if warm_up else test.n_gen):
+        steps = min(test.n_gen, 4) if warm_up else test.n_gen
+        if steps and hasattr(self._backend, "decode"):  # feeds its own choices back, on its device
+            self._backend.decode(tokens, np.full(test.n_batch, test.n_depth), slots, steps)
+            steps = 0
+        for step in range(steps):
             positions = np.full(test.n_batch, test.n_depth + step)
             logits = self._backend.forward(tokens, positions, slots, slots)
             tokens = logits.argmax(axis=1).astype(np.int32)
@@ -174,10 +195,13 @@ def bytes_per_step(file: ModelFile, test: Test, kv_cache: str = "float16") -> fl
     """
     from edgellama.kv_cache import bytes_per_position
 
+    position_bytes = bytes_per_position(file.config, "int8" if kv_cache == "int8" else "float16")
+    if kv_cache == "float32":
+        position_bytes *= 2
     skipped = "model.embed_tokens.weight" if not file.config.tie_word_embeddings else None
     weights = sum(entry.nbytes for entry in file.tensors.values() if entry.name != skipped)
     positions = test.n_depth + (test.n_gen + 1) / 2
-    return weights + test.n_batch * positions * bytes_per_position(file.config, kv_cache)
+    return weights + test.n_batch * positions * position_bytes
 
 
 def peak_rss() -> int:

@@ -10,14 +10,14 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Unpack, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
 
-from edgellama.errors import CancelledError, ConfigError, ContextError, DeviceError, EdgellamaError, TokenizerError
+from edgellama import devices
+from edgellama.errors import CancelledError, ConfigError, ContextError, EdgellamaError, TokenizerError
 from edgellama.generate import Generation, NoText, Stream, TextDecoder
-from edgellama.memory import available_bytes
 from edgellama.paths import find_model
 from edgellama.sampling import Sampler, SamplingOptions, SamplingParams
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from edgellama.format import ModelFile
     from edgellama.tokenizer import Tokenizer
 
-DEVICES = ("cpu", "auto", "reference", "cuda")
-KV_CACHES = ("float16", "int8")
 DEFAULT_MAX_NEW_TOKENS = 256
 _MIN_CTX = 512  # a context worth having: not cut below it however little memory there seems to be
 _SLACK_BYTES = 256 << 20  # left for Python, NumPy and activations
@@ -50,20 +48,16 @@ def load(
 ) -> "Llama":
     """Open an `.edgellama` file for inference.
 
-    `device`: "cpu" (Numba), "auto" (the best there is; now the CPU), "reference" (float32 NumPy, slow: to check the
-    others against). `n_ctx`: positions in the KV cache; None takes the model's `max_position_embeddings`, cut to
-    what memory allows (`Llama.notes` says so). `n_threads`: None takes the cores this process may use. `kv_cache`:
-    "float16" or "int8", which takes half the memory (the reference keeps float32).
+    `device`: "cpu" (Numba), "cuda" (torch and Triton on an NVIDIA GPU), "auto" (cuda where there is one, else cpu),
+    "reference" (float32 NumPy, slow: to check the others against), "torch-cpu" (plain torch, for tests). `n_ctx`:
+    positions in the KV cache; None takes the model's `max_position_embeddings`, cut to what memory allows
+    (`Llama.notes` says so). `n_threads` is the CPU's: None takes the cores this process may use. `kv_cache`: "float16",
+    "int8" (half the memory), or on torch's devices "bfloat16" (the reference keeps float32).
 
     Raises EdgellamaError (missing file), FormatError (damaged file), DeviceError, ContextError.
     """
     begun = time.perf_counter()
-    if device not in DEVICES:
-        raise DeviceError(f"unknown device {device!r}; choose cpu, auto or reference")
-    if device == "cuda":
-        raise DeviceError("device 'cuda' comes with a later version of edgellama; use 'cpu' (or 'auto') for now")
-    if kv_cache not in KV_CACHES:
-        raise DeviceError(f"unknown kv_cache {kv_cache!r}; choose float16 or int8")
+    device = devices.resolve(device, kv_cache)
     kind = "float32" if device == "reference" else kv_cache
     n_ctx = None if n_ctx is None else _positive("n_ctx", n_ctx)
     n_threads = None if n_threads is None else _positive("n_threads", n_threads)
@@ -72,10 +66,11 @@ def load(
 
     file = open_model(path)
     try:
-        n_ctx, notes = choose_n_ctx(file.config, n_ctx, file.size, available_bytes(), kind)
-        if device != "reference" and not _kernels_are_compiled():
+        n_ctx, notes = choose_n_ctx(file.config, n_ctx, file.size, devices.free_bytes(device), kind)
+        if device == "cpu" and not _kernels_are_compiled():
             notes.append("first run on this machine: compiling kernels, up to half a minute, once")
-        backend = _make_backend(device, file, n_ctx, n_threads, kv_cache)
+        backend = devices.make_backend(device, file, n_ctx, 1, n_threads, kv_cache)
+        notes += getattr(backend, "notes", [])
     except BaseException:
         file.close()
         raise
@@ -116,19 +111,6 @@ def choose_n_ctx(
         fits = fits // 256 * 256
         return fits, [f"context cut from the model's {limit} to {fits} tokens, which is what memory allows"]
     return limit, []
-
-
-def _make_backend(device: str, file: "ModelFile", n_ctx: int, n_threads: int | None, kv_cache: str) -> "Backend":
-    try:
-        if device == "reference":
-            from edgellama.backends.reference import ReferenceBackend
-
-            return ReferenceBackend(file, n_ctx)
-        from edgellama.backends.cpu import CpuBackend
-
-        return CpuBackend(file, n_ctx, n_threads=n_threads, kv_cache=kv_cache)
-    except MemoryError:
-        raise ContextError(f"not enough memory for a context of {n_ctx} tokens; ask for fewer with n_ctx") from None
 
 
 def _kernels_are_compiled() -> bool:
@@ -277,10 +259,11 @@ class Llama:
                 f"the prompt has {ids.size} tokens, the context {self.n_ctx}: nothing would be left for an answer; "
                 "shorten the prompt or raise n_ctx (-c)"
             )
+        step, sample = self._chooser(params)
         reply = Stream(
             ids.tolist(),
-            self._step,
-            Sampler(params),
+            step,
+            sample,
             self._text_decoder(ids),
             max_new_tokens=min(max_new_tokens, self.n_ctx - ids.size),
             eos_ids=self.eos_ids,
@@ -322,8 +305,9 @@ class Llama:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _forward(self, ids: np.ndarray, keep: int) -> np.ndarray:
-        """With the lock held: run ids int32 [T], return the last `keep` positions' logits."""
+    def _forward(self, ids: np.ndarray, keep: int, run: Callable[..., np.ndarray] | None = None) -> np.ndarray:
+        """With the lock held: run ids int32 [T], return the last `keep` positions' logits (or what `run` gives)."""
+        run = run or self._backend.forward
         end = self.n_past + ids.size
         if end > self.n_ctx:
             raise ContextError(
@@ -334,18 +318,39 @@ class Llama:
         slots = np.zeros(ids.size, np.int32)
         rows = np.arange(ids.size - keep, ids.size, dtype=np.int32)
         try:
-            logits = self._backend.forward(ids, positions, slots, rows)
+            logits = run(ids, positions, slots, rows)
         except CancelledError:
             stream = self._stream() if self._stream else None
             if stream is not None and stream.cancelled:
                 raise
             # Meant for an earlier call that had ended just before: it must not hit this one.
-            logits = self._backend.forward(ids, positions, slots, rows)
+            logits = run(ids, positions, slots, rows)
         self.n_past = end
         return logits
 
     def _step(self, ids: np.ndarray) -> np.ndarray:
         return self._forward(ids, 1)[0]
+
+    def _chooser(self, params: SamplingParams) -> tuple[Callable[[np.ndarray], Any], Callable[[Any], int]]:
+        """(step, sample) of a stream. A backend that can choose does it on its device, and only the id comes back.
+
+        The draws are the Sampler's: the same seed gives the same tokens, up to rounding of the logits.
+        """
+        select = getattr(self._backend, "select", None)
+        if select is None:
+            return self._step, Sampler(params)
+        from edgellama.backends.gpu.selection import Choice
+
+        greedy = params.temperature == 0 or params.top_k == 1
+        rng = None if greedy else np.random.Generator(np.random.PCG64(params.seed))
+
+        def step(ids: np.ndarray) -> np.ndarray:
+            how = Choice()
+            if rng is not None:
+                how = Choice(params.temperature, params.top_k, params.top_p, params.min_p, rng.random())
+            return self._forward(ids, 1, lambda *batch: select(*batch, [how]))
+
+        return step, lambda chosen: int(chosen[0])
 
     def _begin_stream(self, stream: Stream) -> None:
         self._acquire()

@@ -1,4 +1,5 @@
-"""Compiles Triton kernels for GPUs that are not there: Triton's own launcher and ptxas, with a driver that only names one.
+"""Compiles Triton kernels for GPUs that are not there: Triton's own launcher and ptxas, and a driver that names one.
+
 For a process of its own: the driver stays.
 
 Knows Triton's runtime; does not run anything. `compile_launches` takes what `Decoder.step` returns.

@@ -14,37 +14,6 @@ torch and triton are imported by these modules alone, and none of them is import
 is not `torch`, so that nobody has to think about which one `import torch` means.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 from .availability import available_devices, device_problem, free_bytes
 
-if TYPE_CHECKING:
-    from ...format import ModelFile
-    from .backend import TorchBackend
-
-DEVICES = ("cuda", "torch-cpu")
-
-
-def make_backend(device: str, file: ModelFile, n_ctx: int, n_slots: int = 1, **options: Any) -> TorchBackend:
-    """A backend on "cuda" or "torch-cpu"; `options` are `TorchBackend`'s. DeviceError says what is missing."""
-    from ...errors import ContextError, DeviceError
-
-    problem = device_problem(device)
-    if problem:
-        raise DeviceError(problem)
-    import torch
-
-    from .backend import TorchBackend
-
-    try:
-        return TorchBackend(file, n_ctx, n_slots, device="cuda" if device == "cuda" else "cpu", **options)
-    except torch.OutOfMemoryError:
-        raise ContextError(
-            f"not enough memory on the GPU for this model and a context of {n_ctx} tokens; "
-            "ask for fewer with n_ctx (-c), or for kv_cache int8"
-        ) from None
-
-
-__all__ = ["DEVICES", "available_devices", "device_problem", "free_bytes", "make_backend"]
+__all__ = ["available_devices", "device_problem", "free_bytes"]

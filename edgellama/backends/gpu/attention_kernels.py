@@ -21,8 +21,8 @@ def attend(
 ):  # fmt: skip
     """q: float32 [M][heads][head_dim], scaled. One split: `out`, transposed. Several: `states` [M][heads][SPLITS][.].
 
-    A state is the largest score, the sum of weights and the unnormalized output. QUERIES and WIDTH are GROUP and HEAD_DIM
-    rounded up to what `tl.dot` takes.
+    A state is the largest score, the sum of weights and the unnormalized output. QUERIES and WIDTH are GROUP and
+    HEAD_DIM rounded up to what `tl.dot` takes.
     """
     kv_head, m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(positions + m) + 1
@@ -46,9 +46,7 @@ def attend(
         p = first + tl.arange(0, BLOCK)
         seen = p < end
         where = (base + p) * HEAD_DIM
-        k = tl.load(
-            keys + where[None, :] + d[:, None], mask=seen[None, :] & (d < HEAD_DIM)[:, None], other=0.0
-        ).to(DOT)
+        k = tl.load(keys + where[None, :] + d[:, None], mask=seen[None, :] & (d < HEAD_DIM)[:, None], other=0.0).to(DOT)
         scores = tl.dot(queries, k)
         if INT8:
             scores *= tl.load(key_scales + base + p, mask=seen, other=0.0)[None, :]
@@ -59,9 +57,9 @@ def attend(
         weight = weight * fade + tl.sum(w, 1)
         if INT8:
             w *= tl.load(value_scales + base + p, mask=seen, other=0.0)[None, :]
-        v = tl.load(
-            values + where[:, None] + d[None, :], mask=seen[:, None] & (d < HEAD_DIM)[None, :], other=0.0
-        ).to(DOT)
+        v = tl.load(values + where[:, None] + d[None, :], mask=seen[:, None] & (d < HEAD_DIM)[None, :], other=0.0).to(
+            DOT
+        )
         result = result * fade[:, None] + tl.dot(w.to(DOT), v)
         best = top
 

@@ -27,7 +27,9 @@ def device_problem(device: str) -> str | None:
     try:
         import torch
     except ImportError as error:
-        why = "torch is not installed" if isinstance(error, ModuleNotFoundError) else f"torch cannot be imported: {error}"
+        why = (
+            "torch is not installed" if isinstance(error, ModuleNotFoundError) else f"torch cannot be imported: {error}"
+        )
         return f"device {device!r}: {why}; {_INSTALL} brings it, device 'cpu' needs nothing"
     if device == "torch-cpu":
         return None
@@ -37,7 +39,7 @@ def device_problem(device: str) -> str | None:
             "(see pytorch.org) or use device 'cpu'"
         )
     if not torch.cuda.is_available():
-        return "device 'cuda': torch finds no CUDA GPU (is the driver installed, is CUDA_VISIBLE_DEVICES empty?); use 'cpu'"
+        return "device 'cuda': torch finds no CUDA GPU (driver missing? CUDA_VISIBLE_DEVICES empty?); use device 'cpu'"
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
         name = torch.cuda.get_device_name()

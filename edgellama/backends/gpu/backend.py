@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ...errors import CancelledError, DeviceError, EdgellamaError
+from ...errors import CancelledError, ContextError, DeviceError, EdgellamaError
 from ...format import ModelFile
 from ...rope import DEPEND_ON_LENGTH, cos_sin
 from .. import check_batch
@@ -32,6 +32,17 @@ CHUNK = {"cuda": 2048, "cpu": 512}
 MAX_KERNEL_HEAD_DIM = 256
 """Of the attention kernel: a wider head's tile does not fit into registers."""
 COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def make_backend(device: str, file: ModelFile, n_ctx: int, n_slots: int = 1, **options: Any) -> TorchBackend:
+    """A backend on "cuda" or "torch-cpu", which `device_problem` has found nothing against; for `options` see there."""
+    try:
+        return TorchBackend(file, n_ctx, n_slots, device="cuda" if device == "cuda" else "cpu", **options)
+    except torch.OutOfMemoryError:
+        raise ContextError(
+            f"not enough memory on the GPU for this model and a context of {n_ctx} tokens; "
+            "ask for fewer with n_ctx (-c), or for kv_cache int8"
+        ) from None
 
 
 class TorchBackend:
@@ -77,7 +88,10 @@ class TorchBackend:
             self._weights = Weights(model_file, self.device, COMPUTE_DTYPES[self.dtype], **dequantize)
             self._cache = Cache(self.config, n_ctx, n_slots, kv_cache, self.device)
             self._program = Program(self.config, self._weights, self._cache)
-            self._decoder, self._steps = self._make_decoder(step_tokens) if self._use_kernels else (None, None)
+            self._decoder: Decoder | None = None
+            self._steps: Steps | None = None
+            if self._use_kernels:
+                self._decoder, self._steps = self._make_decoder(step_tokens)
 
     def _choose_kernels(self, asked: bool | None, kv_cache: str) -> bool:
         if kv_cache not in DTYPES:
@@ -117,6 +131,11 @@ class TorchBackend:
     def uses_kernels(self) -> bool:
         """Whether few tokens go through Triton's kernels."""
         return self._use_kernels
+
+    @property
+    def device_bytes(self) -> int | None:
+        """The most bytes that torch has held on the GPU for this process so far; None on the CPU."""
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
 
     # -- Backend --------------------------------------------------------------------------------------------------
 

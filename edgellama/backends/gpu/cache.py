@@ -45,9 +45,7 @@ class Cache:
             parts |= {"key_scales": self.key_scales, "value_scales": self.value_scales}
         return parts
 
-    def write(
-        self, layer: int, slots: torch.Tensor, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> None:
+    def write(self, layer: int, slots: torch.Tensor, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k, v [T, kv_heads, head_dim] at `positions` of `slots` (int64 [T] each)."""
         for new, into, scales in ((k, self.keys, self.key_scales), (v, self.values, self.value_scales)):
             if self.kind == "int8":
@@ -90,7 +88,9 @@ class Cache:
                 )
         for name, part in parts.items():
             array = torch.from_numpy(np.ascontiguousarray(data[name]))
-            part[:, slot, :, :n] = (array.view(torch.bfloat16) if part.dtype == torch.bfloat16 else array).to(part.device)
+            part[:, slot, :, :n] = (array.view(torch.bfloat16) if part.dtype == torch.bfloat16 else array).to(
+                part.device
+            )
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

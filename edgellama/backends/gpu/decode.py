@@ -83,7 +83,7 @@ class Decoder:
     """Static buffers for `max_tokens` tokens, and the launches of a step over them.
 
     Inputs: `tokens`, `positions`, `slots` (int32 [max_tokens]); cos and sin come from `table` by position, or, where
-    they depend on a sequence's length (`by_position` False), from its first rows by token. Output: `logits` or `chosen`.
+    they depend on a sequence's length (`by_position` False), from its first rows by token. Output: `logits`, `chosen`.
     """
 
     def __init__(
@@ -173,8 +173,8 @@ class Decoder:
         source = table if table is not None else _words(head)
         first = self._layers[0].input_norm
         arguments = (
-            self.tokens, source, source if scales is None else scales, first, self._residual, self._normed, self._squares,
-            self.config.hidden_size, self._normed.shape[1] // 128, self._blocks,
+            self.tokens, source, source if scales is None else scales, first, self._residual, self._normed,
+            self._squares, self.config.hidden_size, self._normed.shape[1] // 128, self._blocks,
         )  # fmt: skip
         return kernels.embed, (self._blocks, m), arguments, {"BITS": bits, "num_warps": 1}
 
@@ -198,8 +198,8 @@ class Decoder:
             self.config.rms_norm_eps,
         )  # fmt: skip
         constants = {
-            "BITS": matrix.bits, "TOKENS": max(16, _power(m)), "ROWS": _ROWS, "BLOCKS": _power(self._blocks), "NORM": norm,
-            "DOT": self._dot, "num_warps": 4,
+            "BITS": matrix.bits, "TOKENS": max(16, _power(m)), "ROWS": _ROWS, "BLOCKS": _power(self._blocks),
+            "NORM": norm, "DOT": self._dot, "num_warps": 4,
         }  # fmt: skip
         return [(kernels.gemm, (programs, splits), arguments, constants)], partials, splits
 

@@ -187,8 +187,8 @@ def embed(
 def qkv(
     codes, scales, bias, x, partials, squares, positions, slots, cos, sin,
     q_out, keys, values, key_scales, value_scales,
-    n_groups, n_rows, n_tokens, k_row, v_row, k_gap, v_gap, k_bias, v_bias, n_blocks, hidden_size, n_ctx, query_scale, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, LINES: tl.constexpr,
+    n_groups, n_rows, n_tokens, k_row, v_row, k_gap, v_gap, k_bias, v_bias, n_blocks, hidden_size, n_ctx, query_scale,
+    eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, LINES: tl.constexpr,
     BLOCKS: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BY_POSITION: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Norm, q_proj, k_proj and v_proj, RoPE, and keys and values into the cache: PAIRS dimensions and their partners.
@@ -386,10 +386,7 @@ def gemm(
             if BITS == 4:
                 w = code4(words, j).to(DOT)
             if BITS == 8:
-                if j < 4:
-                    w = code8(words, j).to(DOT)
-                else:
-                    w = code8(odd, j - 4).to(DOT)
+                w = code8(words, j).to(DOT) if j < 4 else code8(odd, j - 4).to(DOT)
             if BITS == 16:
                 w = tl.load(codes + (first * 128 + line[:, None] * 8 + j) * 16 + lanes, mask=mask, other=0.0).to(DOT)
             part += tl.dot(xj, w)

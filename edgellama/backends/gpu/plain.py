@@ -19,7 +19,7 @@ from .cache import Cache
 from .weights import Weights
 
 MASKED_SCORES = 1 << 26
-"""Queries x heads x keys that attention under a mask takes at once: bounds what a torch without a fused kernel keeps."""
+"""Queries x heads x keys that attention under a mask takes at once: bounds what an unfused kernel of torch keeps."""
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -81,7 +81,10 @@ class Program:
         config, weights = self._config, self._weights
         device, dtype, width = weights.device, weights.dtype, config.head_dim
         batch = sequences(positions, slots, device)
-        where = torch.from_numpy(slots.astype(np.int64)).to(device), torch.from_numpy(positions.astype(np.int64)).to(device)
+        where = (
+            torch.from_numpy(slots.astype(np.int64)).to(device),
+            torch.from_numpy(positions.astype(np.int64)).to(device),
+        )
         angles = torch.from_numpy(cos).to(device)[:, None], torch.from_numpy(sin).to(device)[:, None]
         act = ACTIVATIONS[config.hidden_act]
         x = weights.embed(torch.from_numpy(tokens.astype(np.int64)).to(device))

@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Choice:
-    """How to choose one token; the defaults are greedy. `u`, from 0 to below 1, is where in the distribution to draw."""
+    """How to choose one token; the defaults are greedy. `u`, at least 0 and below 1: where to draw."""
 
     temperature: float = 0.0
     top_k: int = 0

@@ -32,7 +32,7 @@ _DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.floa
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear layer as stored. codes: uint8 [B, G, 1024 or 2048], or float16 [B, K, 16]; scales: float16 [B, G, 16]."""
+    """A linear layer as stored. codes: uint8 [B, G, 1024 or 2048] or float16 [B, K, 16]; scales: float16 [B, G, 16]."""
 
     name: str
     bits: int
@@ -62,7 +62,9 @@ class Weights:
     `dtype` is what `matmul` computes in; `dequantize` replaces `dense.dense` by something faster with equal results.
     """
 
-    def __init__(self, file: ModelFile, device: torch.device, dtype: torch.dtype, dequantize: Dequantize = layouts.dense):
+    def __init__(
+        self, file: ModelFile, device: torch.device, dtype: torch.dtype, dequantize: Dequantize = layouts.dense
+    ):
         self.device, self.dtype = device, dtype
         self._tensors = upload(file, device) if device.type == "cuda" else views(file)
         self._layouts = {name: entry.layout for name, entry in file.tensors.items()}
