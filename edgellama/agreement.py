@@ -32,7 +32,7 @@ TEXTS = (
     "take the train to work; others go by bicycle. In winter it rains often.",
     "Once upon a time there was a little girl who wanted to know how far the sea was. She asked her grandmother, who "
     "laughed and said: walk until the road ends, and then listen.",
-    "def average(values):\n    total = 0\n    for each in values:\n        total += each\n    return total / len(values)",
+    "def mean(values):\n    total = 0\n    for each in values:\n        total += each\n    return total / len(values)",
 )
 
 

@@ -11,8 +11,8 @@ from edgellama.format import open_model
 from edgellama.kv_cache import bytes_per_position
 
 FIELDS = (
-    "n_prompt n_gen n_depth n_batch n_threads avg_ts stddev_ts samples_ts bandwidth_share bandwidth ttft_s "
-    "model_bytes peak_rss"
+    "backend n_prompt n_gen n_depth n_batch n_threads avg_ts stddev_ts samples_ts bandwidth_share bandwidth ttft_s "
+    "model_bytes peak_rss device_bytes"
 ).split()
 
 
@@ -46,6 +46,14 @@ def test_rows(tiny_model):
         assert row.avg_ts == pytest.approx(sum(row.samples_ts) / 3)
         assert (row.bandwidth_share is None) == (test.n_gen == 0) == (row.ttft_s is not None)
         assert row.bandwidth > 0 and row.model_bytes == tiny_model.stat().st_size
+
+
+@pytest.mark.parametrize("device", ["reference", pytest.param("torch-cpu", marks=pytest.mark.torch)])
+def test_other_devices(tiny_model, device):
+    with open_model(tiny_model) as file:
+        rows = list(bench.run(file, bench.plan([4], [3], [2], [2]), 1, device=device))
+    assert [row.backend for row in rows] == [device] * 2 and rows[0].device_bytes is None
+    assert rows[1].bandwidth_share > 0 and min(row.avg_ts for row in rows) > 0
 
 
 def test_tests_beyond_the_models_context_are_refused(tiny_model):

@@ -133,6 +133,11 @@ class TorchBackend:
         return self._use_kernels
 
     @property
+    def cache_bytes(self) -> int:
+        """What the KV cache takes."""
+        return self._cache.nbytes
+
+    @property
     def device_bytes(self) -> int | None:
         """The most bytes that torch has held on the GPU for this process so far; None on the CPU."""
         return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None

@@ -26,6 +26,8 @@ MAX_TOKENS = 64
 """Tokens of a step; a longer batch is a prefill."""
 SHORT = 128
 """Sequences up to this long are attended to in one split: no merging."""
+MANY_LINES, FEW_LINES = 64, 128
+"""Lines (8 inputs each) that a program multiplies at once, where many programs share a matrix, and where few do."""
 _ROWS = 64
 """Rows of a program of `gemm`."""
 _PARTIAL_SPLITS = 8
@@ -209,7 +211,7 @@ class Decoder:
         A warp for 16 lines: with fewer lines than threads Triton loads activations straight to where they are needed;
         with as many it sends them through shared memory, two barriers each.
         """
-        lines = 64 if programs >= 4 * self._processors else 128
+        lines = MANY_LINES if programs >= 4 * self._processors else FEW_LINES
         lines = min(lines, _power(16 * groups))
         return {"LINES": lines, "num_warps": lines // 16}
 
@@ -229,11 +231,11 @@ class Decoder:
             joined.biases[1], joined.biases[2], self._blocks, config.hidden_size, self._n_ctx,
             config.head_dim**-0.5 * log2e, config.rms_norm_eps,
         )  # fmt: skip
-        lines = max(16, min(64 * 16 // pairs, _power(16 * joined.groups)))
+        lines = max(16, min(MANY_LINES * 16 // pairs, _power(16 * joined.groups)))
         constants = {
             "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": config.head_dim, "PAIRS": pairs, "LINES": lines,
             "BLOCKS": _power(self._blocks), "SPLITS": splits, "HAS_BIAS": joined.parts[0].bias is not None,
-            "BY_POSITION": self.by_position, "INT8": int8, "num_warps": 4,
+            "BY_POSITION": self.by_position, "INT8": int8, "num_warps": max(1, lines * pairs // 256),
         }  # fmt: skip
         return [*before, (kernels.qkv, ((heads + 2 * kv_heads) * tiles, m), arguments, constants)]
 
@@ -279,7 +281,7 @@ class Decoder:
             self._inner, joined.groups, joined.n_rows, m, joined.rows[1], joined.scale_gaps[1], joined.biases[1],
             self._blocks, config.hidden_size, config.intermediate_size, self._inner.shape[1] // 8, config.rms_norm_eps,
         )  # fmt: skip
-        lines = min(64, _power(16 * joined.groups))
+        lines = min(MANY_LINES, _power(16 * joined.groups))
         constants = {
             "LINES": lines, "BLOCKS": _power(self._blocks), "SPLITS": splits, "num_warps": lines // 16,
             "HAS_BIAS": joined.parts[0].bias is not None, "ACTIVATION": config.hidden_act,
