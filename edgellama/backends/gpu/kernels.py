@@ -32,7 +32,16 @@ def place(k, n_lines):
 
 
 @triton.jit
-def code4(words, J: tl.constexpr):
+def exponent(n_groups):
+    """The bits of 2^23 as a float, for `code4` and `code8`; a number the compiler does not know to be one.
+
+    An instruction takes one constant only. Of two it loads one anew for each weight; a variable stays in a register.
+    """
+    return (150 << 23) + tl.minimum(n_groups, 0)
+
+
+@triton.jit
+def code4(words, magic, J: tl.constexpr):
     """Input J of each word as float32, its zero point taken off: exact, and without an int-to-float conversion.
 
     A field at bit P of a float's mantissa whose exponent is 2^(23-P) reads as 2^(23-P) + code.
@@ -40,22 +49,23 @@ def code4(words, J: tl.constexpr):
     SHIFT: tl.constexpr = 8 * (J % 4) + 4 * (J // 4)
     DOWN: tl.constexpr = 12 * (SHIFT // 17)  # a field must end below bit 23
     P: tl.constexpr = SHIFT - DOWN
-    bits = ((words >> DOWN) & (15 << P)) | ((150 - P) << 23)
+    bits = ((words >> DOWN) & (15 << P)) | (magic - (P << 23))
     return bits.to(tl.float32, bitcast=True) - ((1 << (23 - P)) + 8)
 
 
 @triton.jit
-def code8(words, J: tl.constexpr):
+def code8(words, magic, J: tl.constexpr):
     """The same for byte J of each word."""
     DOWN: tl.constexpr = 16 * (J // 2)
     P: tl.constexpr = 8 * (J % 2)
-    bits = ((words >> DOWN) & (255 << P)) | ((150 - P) << 23)
+    bits = ((words >> DOWN) & (255 << P)) | (magic - (P << 23))
     return bits.to(tl.float32, bitcast=True) - ((1 << (23 - P)) + 128)
 
 
 @triton.jit
 def multiply(codes, scales, x, rows, n_groups, BITS: tl.constexpr, LINES: tl.constexpr):
     """Rows `rows` [R] of a matrix times one transposed x -> float32 [R]. codes: int32 words, or float16 for 16 bits."""
+    magic = exponent(n_groups)
     n_lines = n_groups * 16
     lanes = (rows % 16)[None, :]
     block = (rows // 16).to(tl.int64)[None, :] * n_groups
@@ -78,12 +88,12 @@ def multiply(codes, scales, x, rows, n_groups, BITS: tl.constexpr, LINES: tl.con
         for j in tl.static_range(8):
             xj = tl.load(x + j * n_lines + lines, mask=inside, other=0.0)[:, None]
             if BITS == 4:
-                part += code4(words, j) * xj
+                part += code4(words, magic, j) * xj
             if BITS == 8:
                 if j < 4:
-                    part += code8(words, j) * xj
+                    part += code8(words, magic, j) * xj
                 else:
-                    part += code8(odd, j - 4) * xj
+                    part += code8(odd, magic, j - 4) * xj
             if BITS == 16:
                 row = lines[:, None] * 8 + j
                 part += tl.load(codes + (block * 128 + row) * 16 + lanes, mask=mask, other=0.0).to(tl.float32) * xj
@@ -101,6 +111,7 @@ def multiply_two(codes, scales, x, rows, other, gap, n_groups, LINES: tl.constex
 
     The scales of `other` lie `gap` elements behind where their rows alone would put them.
     """
+    magic = exponent(n_groups)
     n_lines = n_groups * 16
     lanes, lanes2 = (rows % 16)[None, :], (other % 16)[None, :]
     block = (rows // 16).to(tl.int64)[None, :] * n_groups
@@ -119,8 +130,8 @@ def multiply_two(codes, scales, x, rows, other, gap, n_groups, LINES: tl.constex
         part2 = tl.zeros((LINES, rows.shape[0]), tl.float32)
         for j in tl.static_range(8):
             xj = tl.load(x + j * n_lines + lines, mask=inside, other=0.0)[:, None]
-            part += code4(words, j) * xj
-            part2 += code4(words2, j) * xj
+            part += code4(words, magic, j) * xj
+            part2 += code4(words2, magic, j) * xj
         total += part * scale.to(tl.float32)
         total2 += part2 * scale2.to(tl.float32)
     return tl.sum(total, 0), tl.sum(total2, 0)
@@ -363,6 +374,7 @@ def gemm(
     real = ms < n_tokens
     line = tl.arange(0, 16)
     n_lines = n_groups * 16
+    magic = exponent(n_groups)
     norm = tl.zeros((TOKENS,), tl.float32) + 1.0
     if NORM:
         b = tl.arange(0, BLOCKS)
@@ -384,9 +396,9 @@ def gemm(
             )
             xj = (xj * norm[:, None]).to(DOT)
             if BITS == 4:
-                w = code4(words, j).to(DOT)
+                w = code4(words, magic, j).to(DOT)
             if BITS == 8:
-                w = code8(words, j).to(DOT) if j < 4 else code8(odd, j - 4).to(DOT)
+                w = code8(words, magic, j).to(DOT) if j < 4 else code8(odd, magic, j - 4).to(DOT)
             if BITS == 16:
                 w = tl.load(codes + (first * 128 + line[:, None] * 8 + j) * 16 + lanes, mask=mask, other=0.0).to(DOT)
             part += tl.dot(xj, w)
@@ -403,6 +415,7 @@ def gemm(
 def dequantize(codes, scales, out, n_groups, n_rows, BITS: tl.constexpr, ROWS: tl.constexpr):
     """One group of ROWS rows as plain numbers: out [K][n_rows], inputs first. 4 or 8 bits."""
     group = tl.program_id(1)
+    magic = exponent(n_groups)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     known = (rows < n_rows)[None, :]
     line = tl.arange(0, 16)
@@ -416,10 +429,10 @@ def dequantize(codes, scales, out, n_groups, n_rows, BITS: tl.constexpr, ROWS: t
         odd = tl.load(codes + first * 512 + line[:, None] * 32 + 16 + lanes, mask=known, other=0)
     for j in tl.static_range(8):
         if BITS == 4:
-            w = code4(words, j)
+            w = code4(words, magic, j)
         elif j < 4:
-            w = code8(words, j)
+            w = code8(words, magic, j)
         else:
-            w = code8(odd, j - 4)
+            w = code8(odd, magic, j - 4)
         k = group * 128 + line[:, None] * 8 + j
         tl.store(out + k.to(tl.int64) * n_rows + rows[None, :], (w * scale).to(out.dtype.element_ty), mask=known)
