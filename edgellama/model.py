@@ -57,8 +57,7 @@ def load(
     Raises EdgellamaError (missing file), FormatError (damaged file), DeviceError, ContextError.
     """
     begun = time.perf_counter()
-    device = devices.resolve(device, kv_cache)
-    kind = "float32" if device == "reference" else kv_cache
+    asked, device = device, devices.resolve(device, kv_cache)
     n_ctx = None if n_ctx is None else _positive("n_ctx", n_ctx)
     n_threads = None if n_threads is None else _positive("n_threads", n_threads)
     path = find_model(path)
@@ -66,7 +65,13 @@ def load(
 
     file = open_model(path)
     try:
+        too_small = asked == "auto" and device == "cuda" and file.size > (devices.free_bytes(device) or 0)
+        if too_small:
+            device = devices.resolve("cpu", kv_cache)
+        kind = "float32" if device == "reference" else kv_cache
         n_ctx, notes = choose_n_ctx(file.config, n_ctx, file.size, devices.free_bytes(device), kind)
+        if too_small:
+            notes.append("the model does not fit into the GPU's free memory: running on the CPU")
         if device == "cpu" and not _kernels_are_compiled():
             notes.append("first run on this machine: compiling kernels, up to half a minute, once")
         backend = devices.make_backend(device, file, n_ctx, 1, n_threads, kv_cache)
@@ -81,7 +86,9 @@ def kv_bytes_per_token(config: "LlamaConfig", kv_cache: str = "float16") -> int:
     """Bytes of KV cache that one position takes; "float32" is the reference's."""
     from edgellama.kv_cache import bytes_per_position
 
-    return bytes_per_position(config) * 2 if kv_cache == "float32" else bytes_per_position(config, kv_cache)
+    if kv_cache == "float32":
+        return bytes_per_position(config) * 2
+    return bytes_per_position(config, "int8" if kv_cache == "int8" else "float16")
 
 
 def choose_n_ctx(

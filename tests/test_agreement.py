@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+import edgellama
 from closeness import greedy_agreement, kl_divergence
 from edgellama import agreement, devices
 from edgellama.cli import main
@@ -87,7 +88,16 @@ def test_torch_that_is_missing_is_one_line(monkeypatch):
     assert devices.resolve("auto") == "cpu"
 
 
-def test_names(monkeypatch):
+def test_auto_takes_the_cpu_where_the_gpu_is_too_small(tiny_model, monkeypatch):
+    resolve, free = devices.resolve, devices.free_bytes
+    monkeypatch.setattr(devices, "resolve", lambda name, kv: "cuda" if name == "auto" else resolve(name, kv))
+    monkeypatch.setattr(devices, "free_bytes", lambda name: 1000 if name == "cuda" else free(name))
+    with edgellama.load(tiny_model, device="auto", n_threads=1) as llm:
+        assert type(llm._backend).__name__ == "CpuBackend"
+        assert any("does not fit into the GPU" in note for note in llm.notes)
+
+
+def test_names():
     assert devices.resolve("cpu", "int8") == "cpu"
     for device, kv_cache in (("tpu", "float16"), ("cpu", "int4"), ("cpu", "bfloat16")):
         with pytest.raises(DeviceError):

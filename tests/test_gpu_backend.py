@@ -246,6 +246,7 @@ def test_generate_is_the_same_on_the_host_and_on_the_device(tiny_model):
         for values in ({"temperature": 0}, {"temperature": 1.2, "top_k": 20, "seed": 3}):
             replies = [each.generate("Hello", 24, **values) for each in (torch_cpu, reference)]
             assert replies[0].token_ids == replies[1].token_ids
+        assert torch_cpu.notes == ()
         assert torch_cpu.forward([1, 2, 3], logits_to_keep=1).shape == (1, torch_cpu.config.vocab_size)
 
 

@@ -6,9 +6,11 @@ through torch operations (`plain.py`); both write the same cache. Beyond `Backen
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from .decode import Decoder
     from .graph import Steps
 
+P = ParamSpec("P")
+R = TypeVar("R")
 CHUNK = {"cuda": 2048, "cpu": 512}
 """Tokens that go through the layers together in prefill; bounds the work buffers."""
 MAX_KERNEL_HEAD_DIM = 256
@@ -43,6 +47,17 @@ def make_backend(device: str, file: ModelFile, n_ctx: int, n_slots: int = 1, **o
             f"not enough memory on the GPU for this model and a context of {n_ctx} tokens; "
             "ask for fewer with n_ctx (-c), or for kv_cache int8"
         ) from None
+
+
+def on_device(method: Callable[Concatenate[TorchBackend, P], R]) -> Callable[Concatenate[TorchBackend, P], R]:
+    """Run a method without gradients, on the backend's own GPU: which one is current is each thread's own affair."""
+
+    @functools.wraps(method)
+    def wrapped(self: TorchBackend, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.no_grad(), torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
 class TorchBackend:
@@ -119,6 +134,8 @@ class TorchBackend:
         processors = 16
         if self.device.type == "cuda":
             processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._host_inputs = torch.zeros(3, tokens, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self._inputs = self._host_inputs.numpy()
         decoder = Decoder(self.config, self._weights, self._cache, tokens, (cos, sin), by_position, processors)
         return decoder, Steps(decoder, self.device)
 
@@ -144,7 +161,7 @@ class TorchBackend:
 
     # -- Backend --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @on_device
     def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """See `Backend.forward`. CancelledError if another thread called `cancel`."""
         tokens, positions, slots, rows = self._check(tokens, positions, slots, rows)
@@ -162,24 +179,27 @@ class TorchBackend:
                 done += len(part)
         return logits
 
-    @torch.no_grad()
+    @on_device
     def hidden(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Like `forward`, but what the head would multiply: the normed hidden states, float32 [R, hidden_size]."""
         tokens, positions, slots, rows = self._check(tokens, positions, slots, rows)
         self._checkpoint()
         return np.concatenate([part.cpu().numpy() for part in self._chunks(tokens, positions, slots, rows)])
 
+    @on_device
     def copy_slot(self, source: int, target: int, n: int) -> None:
         """The first `n` positions of slot `source`'s cache into slot `target`, bit by bit."""
         self._check_slot(source, n)
         self._check_slot(target, n)
         self._cache.copy(source, target, n)
 
+    @on_device
     def read_slot(self, slot: int, n: int) -> dict[str, np.ndarray]:
         """The first `n` positions of a slot's cache; see `Cache.read_slot`. Shapes do not depend on `n_ctx`."""
         self._check_slot(slot, n)
         return self._cache.read_slot(slot, n)
 
+    @on_device
     def write_slot(self, slot: int, data: Mapping[str, np.ndarray]) -> None:
         """Put back what `read_slot` gave. ValueError for what is of another model or another kind of cache."""
         self._check_slot(slot, 0)
@@ -203,7 +223,7 @@ class TorchBackend:
 
     # -- choosing on the device -----------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @on_device
     def select(
         self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray, choices: Sequence[Choice]
     ) -> np.ndarray:
@@ -232,7 +252,7 @@ class TorchBackend:
                 done += len(hidden)
         return _finite(np.concatenate(chosen))
 
-    @torch.no_grad()
+    @on_device
     def decode(
         self,
         tokens: np.ndarray,
@@ -302,8 +322,8 @@ class TorchBackend:
         decoder = self._decoder
         assert decoder is not None
         n = len(tokens)
-        for target, values in ((decoder.tokens, tokens), (decoder.positions, positions), (decoder.slots, slots)):
-            target[:n].copy_(torch.from_numpy(values))
+        self._inputs[:, :n] = tokens, positions, slots
+        decoder.inputs.copy_(self._host_inputs)  # waits: the buffer is free again on return
         if not decoder.by_position:
             cos, sin = self._angles(positions, slots, _lengths(positions, slots, self.n_slots))
             decoder.cos[:n].copy_(torch.from_numpy(cos))

@@ -84,8 +84,9 @@ class Layer:
 class Decoder:
     """Static buffers for `max_tokens` tokens, and the launches of a step over them.
 
-    Inputs: `tokens`, `positions`, `slots` (int32 [max_tokens]); cos and sin come from `table` by position, or, where
-    they depend on a sequence's length (`by_position` False), from its first rows by token. Output: `logits`, `chosen`.
+    Inputs: `inputs`, int32 [3, max_tokens]: `tokens`, `positions` and `slots`; cos and sin come from `table` by
+    position, or, where they depend on a sequence's length (`by_position` False), from its first rows by token. Outputs:
+    `logits` (float32 [max_tokens, vocab_size]), `chosen` (int32 [max_tokens], -1 where logits are not finite).
     """
 
     def __init__(
@@ -118,7 +119,8 @@ class Decoder:
 
         tokens, heads = self.max_tokens, config.num_attention_heads
         self._blocks = -(-config.hidden_size // 16)
-        self.tokens, self.positions, self.slots = (zeros(tokens, dtype=torch.int32) for _ in range(3))
+        self.inputs = zeros(3, tokens, dtype=torch.int32)
+        self.tokens, self.positions, self.slots = self.inputs.unbind(0)
         self.choices = zeros(tokens, 5, dtype=torch.float64)
         self.chosen = zeros(tokens, dtype=torch.int32)
         self.logits = zeros(tokens, config.vocab_size)
@@ -134,11 +136,6 @@ class Decoder:
         widest = max(each.n_rows for each in (first.qkv, first.o, first.gate_up, first.down))
         self._partials = zeros(_PARTIAL_SPLITS * tokens * widest if tokens > 1 else 0)
         self._head_partials = zeros(tokens * self._head.n_rows if tokens > 1 else 0)
-
-    @property
-    def nbytes(self) -> int:
-        buffers = [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
-        return sum(each.numel() * each.element_size() for each in buffers if each is not self._final_norm)
 
     def attention_splits(self, longest: int) -> int:
         """Splits for sequences of up to `longest` positions; a graph is good for one number of them."""
