@@ -37,15 +37,15 @@ F16_TOLERANCE = 2 * 2.0**-11
 
 
 @triton.jit
-def rows_times(codes, scales, x, y, n_groups, BITS: tl.constexpr, LINES: tl.constexpr):
+def rows_times(codes, scales, x, y, n_groups, BITS: tl.constexpr, LINES: tl.constexpr, EVEN: tl.constexpr):
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
-    tl.store(y + rows, kernels.multiply(codes, scales, x, rows, n_groups, BITS, LINES))
+    tl.store(y + rows, kernels.multiply(codes, scales, x, rows, n_groups, BITS, LINES, EVEN))
 
 
 @triton.jit
 def two_rows_times(codes, scales, x, y, apart, gap, n_groups, LINES: tl.constexpr):
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
-    a, b = kernels.multiply_two(codes, scales, x, rows, rows + apart, gap, n_groups, LINES)
+    a, b = kernels.multiply_two(codes, scales, x, rows, rows + apart, gap, n_groups, LINES, False)
     tl.store(y + rows, a)
     tl.store(y + apart + rows, b)
 
@@ -102,7 +102,14 @@ def check_multiply() -> None:
             x = activations(1, in_features)
             y = torch.zeros(matrix.rows)
             rows_times[(matrix.rows // 16,)](
-                matrix.words, matrix.scales_or_any, transposed(x, matrix.groups), y, matrix.groups, bits, lines
+                matrix.words,
+                matrix.scales_or_any,
+                transposed(x, matrix.groups),
+                y,
+                matrix.groups,
+                bits,
+                lines,
+                16 * matrix.groups % lines == 0,
             )
             close(y[:out_features], matrix.weights @ x[0], F32_TOLERANCE)
             assert (y[out_features:] == 0).all(), "rows that pad must be zero"
@@ -128,7 +135,7 @@ def check_every_code_is_exact() -> None:
             x = np.zeros((1, 128), np.float32)
             x[0, k] = 1
             y = torch.zeros(16)
-            rows_times[(1,)](matrix.words, matrix.scales, transposed(x, 1), y, 1, bits, 16)
+            rows_times[(1,)](matrix.words, matrix.scales, transposed(x, 1), y, 1, bits, 16, True)
             assert (y.numpy() == matrix.weights[:, k]).all()
 
 

@@ -14,8 +14,9 @@ example: edgellama verify llama-2-7b.edgellama
          edgellama verify llama-2-7b.edgellama --device cpu,cuda
 
 Exit code 0: every byte is what was written. 1: one line names what is not.
-With --device A,B the same texts run on both devices instead; 0: their next-token
-distributions agree (KL divergence, share of equal likeliest tokens), 1: not."""
+With --device A,B the same texts run on both devices instead. 0: their
+next-token distributions agree (KL divergence, share of equal likeliest
+tokens), 1: they do not."""
 
 
 def add_parser(subparsers) -> None:

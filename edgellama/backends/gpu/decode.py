@@ -210,7 +210,7 @@ class Decoder:
         """
         lines = MANY_LINES if programs >= 4 * self._processors else FEW_LINES
         lines = min(lines, _power(16 * groups))
-        return {"LINES": lines, "num_warps": lines // 16}
+        return {"LINES": lines, "EVEN": 16 * groups % lines == 0, "num_warps": lines // 16}
 
     def _qkv(self, i: int, layer: Layer, m: int) -> Launches:
         config, joined, cache = self.config, layer.qkv, self._cache
@@ -231,8 +231,9 @@ class Decoder:
         lines = max(16, min(MANY_LINES * 16 // pairs, _power(16 * joined.groups)))
         constants = {
             "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": config.head_dim, "PAIRS": pairs, "LINES": lines,
-            "BLOCKS": _power(self._blocks), "SPLITS": splits, "HAS_BIAS": joined.parts[0].bias is not None,
-            "BY_POSITION": self.by_position, "INT8": int8, "num_warps": max(1, lines * pairs // 256),
+            "EVEN": 16 * joined.groups % lines == 0, "BLOCKS": _power(self._blocks), "SPLITS": splits,
+            "HAS_BIAS": joined.parts[0].bias is not None, "BY_POSITION": self.by_position, "INT8": int8,
+            "num_warps": max(1, lines * pairs // 256),
         }  # fmt: skip
         return [*before, (kernels.qkv, ((heads + 2 * kv_heads) * tiles, m), arguments, constants)]
 
@@ -278,11 +279,11 @@ class Decoder:
             self._inner, joined.groups, joined.n_rows, m, joined.rows[1], joined.scale_gaps[1], joined.biases[1],
             self._blocks, config.hidden_size, config.intermediate_size, self._inner.shape[1] // 8, config.rms_norm_eps,
         )  # fmt: skip
-        lines = min(MANY_LINES, _power(16 * joined.groups))
         constants = {
-            "LINES": lines, "BLOCKS": _power(self._blocks), "SPLITS": splits, "num_warps": lines // 16,
-            "HAS_BIAS": joined.parts[0].bias is not None, "ACTIVATION": config.hidden_act,
+            "BLOCKS": _power(self._blocks), "SPLITS": splits, "HAS_BIAS": joined.parts[0].bias is not None,
+            "ACTIVATION": config.hidden_act,
         }  # fmt: skip
+        constants |= self._tile(joined.groups, joined.parts[0].blocks * m)
         return [*before, (kernels.gate_up, (joined.parts[0].blocks, m), arguments, constants)]
 
     def _logits(self, m: int) -> Launches:

@@ -63,8 +63,17 @@ def code8(words, magic, J: tl.constexpr):
 
 
 @triton.jit
-def multiply(codes, scales, x, rows, n_groups, BITS: tl.constexpr, LINES: tl.constexpr):
-    """Rows `rows` [R] of a matrix times one transposed x -> float32 [R]. codes: int32 words, or float16 for 16 bits."""
+def fetch(pointers, mask, EVEN: tl.constexpr):
+    """What lies there; 0 where the mask does not reach, which EVEN says is nowhere."""
+    return tl.load(pointers) if EVEN else tl.load(pointers, mask=mask, other=0)
+
+
+@triton.jit
+def multiply(codes, scales, x, rows, n_groups, BITS: tl.constexpr, LINES: tl.constexpr, EVEN: tl.constexpr):
+    """Rows `rows` [R] of a matrix times one transposed x -> float32 [R]. codes: int32 words, or float16 for 16 bits.
+
+    EVEN: LINES divides the matrix's lines.
+    """
     magic = exponent(n_groups)
     n_lines = n_groups * 16
     lanes = (rows % 16)[None, :]
@@ -72,7 +81,7 @@ def multiply(codes, scales, x, rows, n_groups, BITS: tl.constexpr, LINES: tl.con
     total = tl.zeros((LINES, rows.shape[0]), tl.float32)
     if BITS == 4:
         line = tl.arange(0, LINES)
-        ahead = tl.load(codes + block * 256 + line[:, None] * 16 + lanes, mask=(line < n_lines)[:, None], other=0)
+        ahead = fetch(codes + block * 256 + line[:, None] * 16 + lanes, (line < n_lines)[:, None], EVEN)
     for start in range(0, n_lines, LINES):
         lines = start + tl.arange(0, LINES)
         inside = lines < n_lines
@@ -83,10 +92,10 @@ def multiply(codes, scales, x, rows, n_groups, BITS: tl.constexpr, LINES: tl.con
             words = ahead
             ahead = tl.load(codes + block * 256 + at + LINES * 16, mask=(lines + LINES < n_lines)[:, None], other=0)
         if BITS == 8:
-            words = tl.load(codes + block * 512 + at + lines[:, None] * 16, mask=mask, other=0)
-            odd = tl.load(codes + block * 512 + at + lines[:, None] * 16 + 16, mask=mask, other=0)
+            words = fetch(codes + block * 512 + at + lines[:, None] * 16, mask, EVEN)
+            odd = fetch(codes + block * 512 + at + lines[:, None] * 16 + 16, mask, EVEN)
         for j in tl.static_range(8):
-            xj = tl.load(x + j * n_lines + lines, mask=inside, other=0.0)[:, None]
+            xj = fetch(x + j * n_lines + lines, inside, EVEN)[:, None]
             if BITS == 4:
                 part += code4(words, magic, j) * xj
             if BITS == 8:
@@ -96,17 +105,17 @@ def multiply(codes, scales, x, rows, n_groups, BITS: tl.constexpr, LINES: tl.con
                     part += code8(odd, magic, j - 4) * xj
             if BITS == 16:
                 row = lines[:, None] * 8 + j
-                part += tl.load(codes + (block * 128 + row) * 16 + lanes, mask=mask, other=0.0).to(tl.float32) * xj
+                part += fetch(codes + (block * 128 + row) * 16 + lanes, mask, EVEN).to(tl.float32) * xj
         if BITS == 16:
             total += part
         else:
-            scale = tl.load(scales + (block + lines[:, None] // 16) * 16 + lanes, mask=mask, other=0.0)
+            scale = fetch(scales + (block + lines[:, None] // 16) * 16 + lanes, mask, EVEN)
             total += part * scale.to(tl.float32)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def multiply_two(codes, scales, x, rows, other, gap, n_groups, LINES: tl.constexpr):
+def multiply_two(codes, scales, x, rows, other, gap, n_groups, LINES: tl.constexpr, EVEN: tl.constexpr):
     """`multiply` for 4 bits and two sets of rows, `rows` and `other`, that share the loads of x.
 
     The scales of `other` lie `gap` elements behind where their rows alone would put them.
@@ -122,14 +131,14 @@ def multiply_two(codes, scales, x, rows, other, gap, n_groups, LINES: tl.constex
         lines = start + tl.arange(0, LINES)
         inside = lines < n_lines
         mask = inside[:, None]
-        words = tl.load(codes + block * 256 + lines[:, None] * 16 + lanes, mask=mask, other=0)
-        words2 = tl.load(codes + block2 * 256 + lines[:, None] * 16 + lanes2, mask=mask, other=0)
-        scale = tl.load(scales + (block + lines[:, None] // 16) * 16 + lanes, mask=mask, other=0.0)
-        scale2 = tl.load(scales + gap + (block2 + lines[:, None] // 16) * 16 + lanes2, mask=mask, other=0.0)
+        words = fetch(codes + block * 256 + lines[:, None] * 16 + lanes, mask, EVEN)
+        words2 = fetch(codes + block2 * 256 + lines[:, None] * 16 + lanes2, mask, EVEN)
+        scale = fetch(scales + (block + lines[:, None] // 16) * 16 + lanes, mask, EVEN)
+        scale2 = fetch(scales + gap + (block2 + lines[:, None] // 16) * 16 + lanes2, mask, EVEN)
         part = tl.zeros((LINES, rows.shape[0]), tl.float32)
         part2 = tl.zeros((LINES, rows.shape[0]), tl.float32)
         for j in tl.static_range(8):
-            xj = tl.load(x + j * n_lines + lines, mask=inside, other=0.0)[:, None]
+            xj = fetch(x + j * n_lines + lines, inside, EVEN)[:, None]
             part += code4(words, magic, j) * xj
             part2 += code4(words2, magic, j) * xj
         total += part * scale.to(tl.float32)
@@ -200,7 +209,8 @@ def qkv(
     q_out, keys, values, key_scales, value_scales,
     n_groups, n_rows, n_tokens, k_row, v_row, k_gap, v_gap, k_bias, v_bias, n_blocks, hidden_size, n_ctx, query_scale,
     eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, LINES: tl.constexpr,
-    BLOCKS: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BY_POSITION: tl.constexpr, INT8: tl.constexpr,
+    EVEN: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BY_POSITION: tl.constexpr,
+    INT8: tl.constexpr,
 ):  # fmt: skip
     """Norm, q_proj, k_proj and v_proj, RoPE, and keys and values into the cache: PAIRS dimensions and their partners.
 
@@ -223,7 +233,7 @@ def qkv(
     if HALF % PAIRS != 0:
         rows = tl.where(inside, rows, 0)  # never where it is not needed: the compiler sees neighbours in i, not in this
     if SPLITS == 0:
-        a, b = multiply_two(codes, scales + gap, x + m * n_groups * 128, rows, rows + HALF, 0, n_groups, LINES)
+        a, b = multiply_two(codes, scales + gap, x + m * n_groups * 128, rows, rows + HALF, 0, n_groups, LINES, EVEN)
         norm = inverse_rms(squares, m, n_blocks, hidden_size, eps, BLOCKS)
         a, b = a * norm, b * norm
     else:
@@ -279,14 +289,14 @@ def keep(to, x, inside, factor, INT8: tl.constexpr):
 def project(
     codes, scales, bias, x, partials, next_norm, residual, normed, squares,
     n_groups, n_rows, n_tokens, n_blocks, hidden_size, out_lines,
-    LINES: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    LINES: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """o_proj or down_proj, added to the residual stream."""
     block, m = tl.program_id(0), tl.program_id(1)
     rows = block * 16 + tl.arange(0, 16)
     inside = rows < hidden_size
     if SPLITS == 0:
-        y = multiply(codes, scales, x + m * n_groups * 128, rows, n_groups, 4, LINES)
+        y = multiply(codes, scales, x + m * n_groups * 128, rows, n_groups, 4, LINES, EVEN)
     else:
         y = add_splits(partials, m, rows, n_rows, n_tokens, SPLITS)
     if HAS_BIAS:
@@ -315,14 +325,17 @@ def activate(x, ACTIVATION: tl.constexpr):
 def gate_up(
     codes, scales, bias, x, partials, squares, out,
     n_groups, n_rows, n_tokens, up_row, up_gap, up_bias, n_blocks, hidden_size, width, out_lines, eps,
-    LINES: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    LINES: tl.constexpr, EVEN: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Norm, gate_proj and up_proj, the activation and the product. `up`'s rows start at `up_row` of the one matrix."""
     block, m = tl.program_id(0), tl.program_id(1)
     rows = block * 16 + tl.arange(0, 16)
     inside = rows < width
     if SPLITS == 0:
-        gate, up = multiply_two(codes, scales, x + m * n_groups * 128, rows, rows + up_row, up_gap, n_groups, LINES)
+        gate, up = multiply_two(
+            codes, scales, x + m * n_groups * 128, rows, rows + up_row, up_gap, n_groups, LINES, EVEN
+        )
         norm = inverse_rms(squares, m, n_blocks, hidden_size, eps, BLOCKS)
         gate, up = gate * norm, up * norm
     else:
@@ -338,13 +351,13 @@ def gate_up(
 def head_logits(
     codes, scales, x, partials, squares, logits,
     n_groups, n_rows, n_tokens, n_blocks, hidden_size, vocab_size, eps,
-    BITS: tl.constexpr, LINES: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
+    BITS: tl.constexpr, LINES: tl.constexpr, EVEN: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The final norm and the output matrix of any layout: float32 [M][vocab_size]."""
     block, m = tl.program_id(0), tl.program_id(1)
     rows = block * 16 + tl.arange(0, 16)
     if SPLITS == 0:
-        y = multiply(codes, scales, x + m * n_groups * 128, rows, n_groups, BITS, LINES)
+        y = multiply(codes, scales, x + m * n_groups * 128, rows, n_groups, BITS, LINES, EVEN)
         y *= inverse_rms(squares, m, n_blocks, hidden_size, eps, BLOCKS)
     else:
         y = add_splits(partials, m, rows, n_rows, n_tokens, SPLITS)
