@@ -25,6 +25,7 @@ COLUMNS += ["max_position_embeddings", "rope_theta", "tie_word_embeddings"]
 SHAPES: dict[str, tuple[Any, ...]] = {
     "7b": (32000, 4096, 11008, 32, 32, 32, 4096, 1e4, False),
     "7b-8layers": (32000, 4096, 11008, 8, 32, 32, 4096, 1e4, False),
+    "13b": (32000, 5120, 13824, 40, 40, 40, 4096, 1e4, False),
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 8192, 1e5, True),
     "tinyllama-1.1b": (32000, 2048, 5632, 22, 32, 4, 2048, 1e4, False),
     "llama3-8b": (128256, 4096, 14336, 32, 32, 8, 8192, 5e5, False),

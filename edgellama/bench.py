@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgellama import devices
 from edgellama.errors import ContextError
 
 if TYPE_CHECKING:
-    from edgellama.backends.cpu import CpuBackend
+    from edgellama.backends import Backend
     from edgellama.format import ModelFile
 
 
@@ -46,9 +47,10 @@ class Row:
 
     `bandwidth_share`: bytes of weights and cache that the steps read, over what the memory delivers to as many threads;
     None for prefill. `ttft_s`: prompt to first token; None for decode. `peak_rss`: of the process so far, with the
-    mapped file's resident pages.
+    mapped file's resident pages. `n_threads` is 0 and `device_bytes` (the most memory held so far) not None on a GPU.
     """
 
+    backend: str
     n_prompt: int
     n_gen: int
     n_depth: int
@@ -62,6 +64,7 @@ class Row:
     ttft_s: float | None
     model_bytes: int
     peak_rss: int
+    device_bytes: int | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,6 +79,7 @@ class GenerateRow:
     the time inside. Comparing the first two instead would add the noise of two measurements of the same passes.
     """
 
+    backend: str
     n_gen: int
     n_threads: int
     generate_ts: float
@@ -104,40 +108,65 @@ def run(
     n_threads: int | None = None,
     kv_cache: str = "float16",
     progress: Callable[[Test, int], None] = lambda test, repetition: None,
+    device: str = "cpu",
 ) -> Iterator[Row]:
-    """Yield a Row for each test; `progress(test, repetition)` comes before each sample. Needs the CPU backend."""
-    from edgellama.backends.cpu import CpuBackend
-    from edgellama.backends.cpu.bandwidth import Bandwidth
-
+    """Yield a Row for each test; `progress(test, repetition)` comes before each sample."""
     if not tests:
         return
+    device = devices.resolve(device, kv_cache)
     n_ctx = max(test.n_depth + max(test.n_prompt, test.n_gen) for test in tests)
     if n_ctx > file.config.max_position_embeddings:
         raise ContextError(f"{n_ctx} tokens do not fit into the model's {file.config.max_position_embeddings}")
     n_slots = max(test.n_batch for test in tests)
-    backend = CpuBackend(file, n_ctx, n_slots, n_threads, kv_cache=kv_cache)
-    bandwidth = Bandwidth(backend.n_threads)
+    backend = devices.make_backend(device, file, n_ctx, n_slots, n_threads, kv_cache)
+    threads = _threads(device, backend)
+    bandwidth = _bandwidth(device, threads)
     try:
         for test in tests:
-            yield _measure(file, backend, bandwidth, test, repetitions, progress)
+            yield _measure(file, device, backend, threads, bandwidth, test, repetitions, progress)
     finally:
         backend.close()
         bandwidth.close()
 
 
+def _threads(device: str, backend: Any) -> int:
+    """Threads that compute; 0: none of the CPU's."""
+    if device == "cuda":
+        return 0
+    from edgellama.backends.cpu.threads import default_threads
+
+    return getattr(backend, "n_threads", None) or default_threads()
+
+
+def _bandwidth(device: str, threads: int) -> Any:
+    """What measures the memory that the device reads."""
+    if device == "cuda":
+        from edgellama.backends.gpu.bandwidth import DeviceBandwidth
+
+        return DeviceBandwidth()
+    from edgellama.backends.cpu.bandwidth import Bandwidth
+
+    return Bandwidth(threads)
+
+
 def run_generate(
-    file: ModelFile, n_gen: int, repetitions: int, n_threads: int | None = None, kv_cache: str = "float16"
+    file: ModelFile,
+    n_gen: int,
+    repetitions: int,
+    n_threads: int | None = None,
+    kv_cache: str = "float16",
+    device: str = "cpu",
 ) -> GenerateRow:
     """Measure what `generate` adds to forward passes."""
-    from edgellama.backends.cpu import CpuBackend
     from edgellama.model import Llama
 
+    device = devices.resolve(device, kv_cache)
     n_prompt = 8
     if n_prompt + n_gen > file.config.max_position_embeddings:
         raise ContextError(
             f"{n_prompt + n_gen} tokens do not fit into the model's {file.config.max_position_embeddings}"
         )
-    backend = _Timed(CpuBackend(file, n_prompt + n_gen, n_threads=n_threads, kv_cache=kv_cache))
+    backend = _Timed(devices.make_backend(device, file, n_prompt + n_gen, 1, n_threads, kv_cache))
     # Not closed: the file is the caller's.
     llm = Llama(file, backend)
     prompt = np.random.default_rng(0).integers(0, file.config.vocab_size, n_prompt).tolist()
@@ -161,7 +190,8 @@ def run_generate(
         backend.close()
     return GenerateRow(
         n_gen=n_gen,
-        n_threads=backend.n_threads,
+        backend=device,
+        n_threads=_threads(device, backend),
         generate_ts=n_gen / statistics.median(a + b for a, b in zip(inside, outside, strict=True)),
         forward_ts=n_gen / statistics.median(bare),
         outside_us=statistics.median(outside) / n_gen * 1e6,
@@ -172,7 +202,7 @@ def run_generate(
 class _Timed:
     """A backend that adds up the seconds spent in `forward`."""
 
-    def __init__(self, backend: CpuBackend):
+    def __init__(self, backend: Backend):
         self._backend = backend
         self.seconds = 0.0
 
@@ -188,8 +218,9 @@ class _Timed:
 
 
 def _measure(
-    file: ModelFile, backend: CpuBackend, bandwidth: Any, test: Test, repetitions: int, progress: Callable
-) -> Row:
+    file: ModelFile, device: str, backend: Any, threads: int, bandwidth: Any, test: Test, repetitions: int,
+    progress: Callable,
+) -> Row:  # fmt: skip
     rng = np.random.default_rng(0)
     run = _Run(backend, rng)
     for slot in range(test.n_batch if test.n_depth else 0):
@@ -210,8 +241,9 @@ def _measure(
         steps_a_second = statistics.median(rates) / test.n_batch
         share = bytes_per_step(file, test, backend.kv_cache) * steps_a_second / memory
     return Row(
+        backend=device,
         **asdict(test),
-        n_threads=backend.n_threads,
+        n_threads=threads,
         avg_ts=statistics.mean(rates),
         stddev_ts=statistics.stdev(rates) if len(rates) > 1 else 0.0,
         samples_ts=rates,
@@ -220,13 +252,14 @@ def _measure(
         ttft_s=statistics.median(seconds) if test.n_prompt else None,
         model_bytes=file.size,
         peak_rss=peak_rss(),
+        device_bytes=getattr(backend, "device_bytes", None),
     )
 
 
 class _Run:
     """Samples of one test on one backend, with random tokens."""
 
-    def __init__(self, backend: CpuBackend, rng: np.random.Generator):
+    def __init__(self, backend: Any, rng: np.random.Generator):
         self._backend, self._rng = backend, rng
 
     def _tokens(self, n: int) -> np.ndarray:
@@ -245,7 +278,11 @@ class _Run:
         if test.n_prompt:
             for slot in slots:
                 self.prefill(test.n_prompt, test.n_depth, int(slot))
-        for step in range(min(test.n_gen, 4) if warm_up else test.n_gen):
+        steps = min(test.n_gen, 4) if warm_up else test.n_gen
+        if steps and hasattr(self._backend, "decode"):  # feeds its own choices back, on its device
+            self._backend.decode(tokens, np.full(test.n_batch, test.n_depth), slots, steps)
+            steps = 0
+        for step in range(steps):
             positions = np.full(test.n_batch, test.n_depth + step)
             logits = self._backend.forward(tokens, positions, slots, slots)
             tokens = logits.argmax(axis=1).astype(np.int32)
@@ -257,12 +294,12 @@ def bytes_per_step(file: ModelFile, test: Test, kv_cache: str = "float16") -> fl
 
     An untied embedding is not counted: a step reads a row of it.
     """
-    from edgellama.kv_cache import bytes_per_position
+    from edgellama.sizing import kv_bytes_per_token
 
     skipped = "model.embed_tokens.weight" if not file.config.tie_word_embeddings else None
     weights = sum(entry.nbytes for entry in file.tensors.values() if entry.name != skipped)
     positions = test.n_depth + (test.n_gen + 1) / 2
-    return weights + test.n_batch * positions * bytes_per_position(file.config, kv_cache)
+    return weights + test.n_batch * positions * kv_bytes_per_token(file.config, kv_cache)
 
 
 def peak_rss() -> int:

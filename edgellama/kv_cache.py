@@ -29,6 +29,8 @@ SCALE_BYTES = {"float16": 0, "int8": 4}
 """Bytes of the scale of one head's key (or value) at one position."""
 LANES = 16
 """Neighbouring positions of keys, which lie together."""
+SLOT_DTYPES = {"float16": np.float16, "int8": np.int8, "float32": np.float32, "bfloat16": np.uint16}
+"""What a cache's numbers are taken out as, by the cache's kind; NumPy has no bfloat16, so its bits."""
 SCALE_NAMES = ("key_scales", "value_scales")
 """Names of an int8 cache's scales where a slot is taken out; see `slot_arrays`."""
 
@@ -49,13 +51,13 @@ def bytes_per_position(config: LlamaConfig, kind: str = "float16") -> int:
 def slot_arrays(config: LlamaConfig, kind: str, n: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """name -> (dtype, shape) of what the first `n` positions of a slot are taken out as.
 
-    Keys and values [layers, kv_heads, n, head_dim] of the cache's kind ("float16", "int8", or "float32", which is the
-    reference's); an int8 cache's scales besides, float32 [layers, kv_heads, n].
+    Keys and values [layers, kv_heads, n, head_dim] of the cache's kind ("float16", "int8", "float32", or "bfloat16" as
+    the uint16 of its bits); an int8 cache's scales besides, float32 [layers, kv_heads, n].
     """
     front = (config.num_hidden_layers, config.num_key_value_heads, n)
     arrays: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     for name in ("keys", "values"):
-        arrays[name] = np.dtype(kind), (*front, config.head_dim)
+        arrays[name] = np.dtype(SLOT_DTYPES[kind]), (*front, config.head_dim)
     for name in SCALE_NAMES if kind == "int8" else ():
         arrays[name] = np.dtype(np.float32), front
     return arrays

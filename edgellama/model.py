@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import numpy as np
 
-from edgellama import chat, openai_shapes
-from edgellama.errors import ConfigError, ContextError, DeviceError, EdgellamaError, TokenizerError
+from edgellama import chat, devices, openai_shapes
+from edgellama.errors import ConfigError, ContextError, EdgellamaError, TokenizerError
 from edgellama.generate import AsyncStream, CancelToken, GenerateOptions, Generation, Stream
 from edgellama.generate.engine import Batch, Engine
 from edgellama.generate.prompts import Ids, Prompts, check_ids, read_prompts
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from edgellama.scoring import Score
     from edgellama.tokenizer import Tokenizer
 
-DEVICES = ("cpu", "auto", "reference", "cuda")
-KV_CACHES = ("float16", "int8")
 DEFAULT_MAX_NEW_TOKENS = 256
 _POLL_S = 0.05  # how soon a call that waits for its turn sees that it was cancelled
 
@@ -60,13 +58,14 @@ def load(
 ) -> "Llama":
     """Open an `.edgellama` file for inference.
 
-    `device`: "cpu" (Numba), "auto" (the best there is; now the CPU), "reference" (float32 NumPy, slow: to check the
-    others against). `n_ctx`: positions in the KV cache; None takes the model's `max_position_embeddings`, cut to
-    what memory allows (`Llama.notes` says so). `n_threads`: None takes the cores this process may use. `kv_cache`:
-    "float16" or "int8", which takes half the memory (the reference keeps float32). `n_slots`: sequences that are
-    computed together, each with `n_ctx` positions of its own, which take memory only once they are used; None: 8, or
-    as many as fit. `prefix_reuse`: whether a call may start from what earlier ones left in the cache; None: where
-    that changes no bits, which the CPU promises.
+    `device`: "cpu" (Numba), "cuda" (torch and Triton on an NVIDIA GPU), "auto" (cuda where there is one, else cpu),
+    "reference" (float32 NumPy, slow: to check the others against), "torch-cpu" (plain torch, for tests). `n_ctx`:
+    positions in the KV cache; None takes the model's `max_position_embeddings`, cut to what memory allows
+    (`Llama.notes` says so). `n_threads` is the CPU's: None takes the cores this process may use. `kv_cache`: "float16",
+    "int8" (half the memory), or on torch's devices "bfloat16" (the reference keeps float32). `n_slots`: sequences that
+    are computed together, each with `n_ctx` positions of its own, which take memory only once they are used (a GPU's is
+    taken at once); None: 8, or as many as fit. `prefix_reuse`: whether a call may start from what earlier ones left in
+    the cache; None: where that changes no bits, which the CPU promises and the other devices do not.
 
     Opening takes milliseconds, the first pass then reads the weights from the disk. With `progress(fraction)` they are
     read here instead, for a bar that tells the truth. `cancel` ends it within a few milliseconds.
@@ -74,13 +73,7 @@ def load(
     Raises EdgellamaError (missing file), FormatError (damaged file), DeviceError, ContextError, CancelledError.
     """
     begun = time.perf_counter()
-    if device not in DEVICES:
-        raise DeviceError(f"unknown device {device!r}; choose cpu, auto or reference")
-    if device == "cuda":
-        raise DeviceError("device 'cuda' comes with a later version of edgellama; use 'cpu' (or 'auto') for now")
-    if kv_cache not in KV_CACHES:
-        raise DeviceError(f"unknown kv_cache {kv_cache!r}; choose float16 or int8")
-    kind = "float32" if device == "reference" else kv_cache
+    asked, device = device, devices.resolve(device, kv_cache)
     n_ctx = None if n_ctx is None else integer("n_ctx", n_ctx, 1)
     n_threads = None if n_threads is None else integer("n_threads", n_threads, 1)
     n_slots = None if n_slots is None else integer("n_slots", n_slots, 1)
@@ -91,16 +84,24 @@ def load(
 
     file = open_model(path)
     try:
-        free = available_bytes()
         if progress is not None:
-            _read_ahead(file, free, cancel, progress)
+            _read_ahead(file, available_bytes(), cancel, progress)
         cancel.raise_if_cancelled()
+        free = devices.free_bytes(device)
+        too_small = asked == "auto" and device == "cuda" and file.size > (free or 0)
+        if too_small:
+            device = devices.resolve("cpu", kv_cache)
+            free = devices.free_bytes(device)
+        kind = "float32" if device == "reference" else kv_cache
         n_ctx, notes = choose_n_ctx(file.config, n_ctx, file.size, free, kind, n_slots or 1)
         if n_slots is None:
             n_slots = choose_n_slots(file.config, n_ctx, file.size, free, kind)
-        if device != "reference" and not _kernels_are_compiled():
+        if too_small:
+            notes.append("the model does not fit into the GPU's free memory: running on the CPU")
+        if device == "cpu" and not _kernels_are_compiled():
             notes.append("first run on this machine: compiling kernels, up to half a minute, once")
-        backend = _make_backend(device, file, n_ctx, n_slots, n_threads, kv_cache)
+        backend = devices.make_backend(device, file, n_ctx, n_slots, n_threads, kv_cache)
+        notes += getattr(backend, "notes", [])
         try:
             cancel.raise_if_cancelled()
         except BaseException:
@@ -127,23 +128,6 @@ def _read_ahead(file: "ModelFile", free: int | None, cancel: CancelToken, progre
             progress(done / total)
 
     file.read_ahead(tell)
-
-
-def _make_backend(
-    device: str, file: "ModelFile", n_ctx: int, n_slots: int, n_threads: int | None, kv_cache: str
-) -> "Backend":
-    try:
-        if device == "reference":
-            from edgellama.backends.reference import ReferenceBackend
-
-            return ReferenceBackend(file, n_ctx, n_slots)
-        from edgellama.backends.cpu import CpuBackend
-
-        return CpuBackend(file, n_ctx, n_slots, n_threads=n_threads, kv_cache=kv_cache)
-    except MemoryError:
-        raise ContextError(
-            f"not enough memory for {n_slots} sequences of {n_ctx} tokens; ask for less with n_ctx and n_slots"
-        ) from None
 
 
 def _kernels_are_compiled() -> bool:
@@ -323,7 +307,7 @@ class Llama:
 
         `stop`: a string or several; the text ends before the first of them. `eos_token_id`: an id or several in place
         of the model's own. `max_time`: seconds from the first pass on, looked at between passes. `cancel`: a
-        CancelToken. `progress(done, total)`: after every pass over the prompts (256 tokens at most).
+        CancelToken. `progress(done, total)`: after every pass over the prompts (on the CPU 256 tokens at most).
         `logprobs`, `top_logprobs`: of each new token, and the likeliest so many in its place; with `echo` (the text
         begins with the prompt) of the prompt's tokens, too. `num_return_sequences`: so many replies to each prompt,
         which is computed once; returns a list. Reply number i of the call has the seed `seed + i`.

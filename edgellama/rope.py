@@ -24,7 +24,7 @@ def inverse_frequencies(config: LlamaConfig, seq_len: int) -> tuple[np.ndarray, 
     Types `dynamic` and `longrope` depend on `seq_len`, the highest position of the call + 1, as in transformers when a
     sequence is computed in one call. (transformers remembers its longest call so far; this function has no memory.)
     """
-    return _cached(config, seq_len if config.rope.rope_type in _DEPEND_ON_LENGTH else 0)
+    return _cached(config, seq_len if config.rope.rope_type in DEPEND_ON_LENGTH else 0)
 
 
 def length_class(config: LlamaConfig, seq_len: int) -> int:
@@ -155,4 +155,5 @@ _TYPES = {
     "longrope": _longrope,
     "llama3": _llama3,
 }
-_DEPEND_ON_LENGTH = {"dynamic", "longrope"}
+DEPEND_ON_LENGTH = {"dynamic", "longrope"}
+"""Types whose frequencies follow the sequence's length."""

@@ -5,7 +5,7 @@ The file is fixed-size records and plain arrays, all little-endian; nothing in i
     offset  bytes
     0       8      "EDGLSESS"
     8       2+2    version: major 1, minor 0
-    12      4      kind of cache: 0 float16, 1 int8, 2 float32
+    12      4      kind of cache: 0 float16, 1 int8, 2 float32, 3 bfloat16
     16      8      n, the number of tokens
     24      8      bytes of the arrays
     32      16     xxh3-128 of the model file's header: whose session it is
@@ -37,11 +37,11 @@ from .errors import ContextError, EdgellamaError, FormatError
 from .format.atomic import write_file
 from .format.container import hash64
 from .format.reader import FileSource, at_path, open_regular
-from .kv_cache import slot_arrays
+from .kv_cache import SLOT_DTYPES, slot_arrays
 
 MAGIC = b"EDGLSESS"
 MAJOR, MINOR = 1, 0
-KINDS = ("float16", "int8", "float32")
+KINDS = ("float16", "int8", "float32", "bfloat16")
 WHAT, MAKER = "an edgellama session", "save_session"
 _PROLOGUE = struct.Struct("<8sHHIQQ16s16s")
 _SIZE = _PROLOGUE.size + 8
@@ -64,7 +64,7 @@ def write_session(path: str | os.PathLike[str], session: Session, model_hash: by
     hasher = xxhash.xxh3_128()
     for array in arrays:
         hasher.update(array)
-    kind = KINDS.index(session.data["keys"].dtype.name)
+    kind = [SLOT_DTYPES[kind] for kind in KINDS].index(session.data["keys"].dtype.type)
     n_bytes = sum(array.nbytes for array in arrays)
     head = _PROLOGUE.pack(MAGIC, MAJOR, MINOR, kind, session.tokens.size, n_bytes, model_hash, hasher.digest())
     write_file(path, [head + hash64(head), *arrays], MAGIC, WHAT)

@@ -15,7 +15,9 @@ _SLACK_BYTES = 256 << 20  # left for Python, NumPy and activations
 
 def kv_bytes_per_token(config: LlamaConfig, kv_cache: str = "float16") -> int:
     """Bytes of KV cache that one position takes; "float32" is the reference's."""
-    return bytes_per_position(config) * 2 if kv_cache == "float32" else bytes_per_position(config, kv_cache)
+    if kv_cache == "float32":
+        return bytes_per_position(config) * 2
+    return bytes_per_position(config, "int8" if kv_cache == "int8" else "float16")
 
 
 def choose_n_ctx(

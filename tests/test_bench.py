@@ -13,8 +13,8 @@ from edgellama.kv_cache import bytes_per_position
 from edgellama.sampling import Sampler
 
 FIELDS = (
-    "n_prompt n_gen n_depth n_batch n_threads avg_ts stddev_ts samples_ts bandwidth_share bandwidth ttft_s "
-    "model_bytes peak_rss"
+    "backend n_prompt n_gen n_depth n_batch n_threads avg_ts stddev_ts samples_ts bandwidth_share bandwidth ttft_s "
+    "model_bytes peak_rss device_bytes"
 ).split()
 
 
@@ -48,6 +48,24 @@ def test_rows(tiny_model):
         assert row.avg_ts == pytest.approx(sum(row.samples_ts) / 3)
         assert (row.bandwidth_share is None) == (test.n_gen == 0) == (row.ttft_s is not None)
         assert row.bandwidth > 0 and row.model_bytes == tiny_model.stat().st_size
+
+
+@pytest.mark.parametrize("device", ["reference", pytest.param("torch-cpu", marks=pytest.mark.torch)])
+def test_other_devices(tiny_model, device):
+    with open_model(tiny_model) as file:
+        rows = list(bench.run(file, bench.plan([4], [3], [2], [2]), 1, device=device))
+    assert [row.backend for row in rows] == [device] * 2 and rows[0].device_bytes is None
+    assert rows[1].bandwidth_share > 0 and min(row.avg_ts for row in rows) > 0
+
+
+@pytest.mark.parametrize("device", ["reference", pytest.param("torch-cpu", marks=pytest.mark.torch)])
+def test_what_generate_adds_on_other_devices(tiny_model, capsys, device):
+    arguments = ["bench", str(tiny_model), "-p", "4", "-n", "2", "--generate", "3", "-r", "1", "--device", device]
+    assert main([*arguments, "--json"]) == 0
+    assert [row["backend"] for row in json.loads(capsys.readouterr().out)] == [device] * 3
+    assert main(arguments) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 4 and len({len(line) for line in table}) == 1
 
 
 def test_tests_beyond_the_models_context_are_refused(tiny_model):
@@ -87,7 +105,7 @@ def test_what_generate_adds_is_counted(tiny_model, capsys, monkeypatch):
     arguments = ["bench", str(tiny_model), "-p", "0", "-n", "0", "--generate", "20", "-r", "2", "-t", "1"]
     assert main([*arguments, "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)[0]) == [
-        "n_gen", "n_threads", "generate_ts", "forward_ts", "outside_us", "overhead"
+        "backend", "n_gen", "n_threads", "generate_ts", "forward_ts", "outside_us", "overhead"
     ]  # fmt: skip
     assert main(arguments) == 0
     out = capsys.readouterr().out

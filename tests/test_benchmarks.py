@@ -1,5 +1,8 @@
 """The random models of benchmarks/: right files, finite activations, and no two equal matrices in a checkpoint."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +59,17 @@ def test_every_shape_has_a_valid_config(random_model):
 
     for shape in random_model.SHAPES:
         assert LlamaConfig.from_dict(random_model.config(shape)).num_hidden_layers == random_model.SHAPES[shape][3]
+
+
+@pytest.mark.torch
+def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path):
+    """The script itself, end to end on a tiny shape: one table of whole lines."""
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    command = [sys.executable, script, "--device", "torch-cpu", "--shapes", "tiny", "-r", "1", "--no-tests", "--tune"]
+    run = subprocess.run(
+        [*command, "--folder", tmp_path], capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    table = [line for line in run.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 2 * 6 + 3 and len({line.count("|") for line in table}) == 1

@@ -146,7 +146,9 @@ def test_an_explicit_n_ctx_is_obeyed_or_refused():
 
 
 def test_kv_bytes():
-    assert kv_bytes_per_token(FakeFile(head_dim=16).config) == 2 * 1 * 2 * 16 * 2
+    config = FakeFile(head_dim=16).config
+    assert kv_bytes_per_token(config) == kv_bytes_per_token(config, "bfloat16") == 2 * 1 * 2 * 16 * 2
+    assert kv_bytes_per_token(config, "float32") == 2 * kv_bytes_per_token(config)
 
 
 def test_available_memory_is_plausible():

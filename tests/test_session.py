@@ -149,7 +149,7 @@ def test_every_flipped_bit_is_refused(llm, saved, tmp_path):
     [
         ({"magic": b"EDGLLAMA"}, FormatError, "not an edgellama session"),
         ({"major": 2}, FormatError, r"session.major \(byte 8\): version 2.0 is not supported"),
-        ({"kind": 3}, FormatError, r"session.kind \(byte 12\)"),
+        ({"kind": 4}, FormatError, r"session.kind \(byte 12\)"),
         ({"kind": 1}, EdgellamaError, "a session with a int8 cache, this model's is float16"),
         ({"model": bytes(16)}, EdgellamaError, "a session of another model"),
         ({"n": 0}, FormatError, r"session.n \(byte 16\)"),

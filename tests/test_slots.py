@@ -15,7 +15,8 @@ from edgellama.kv_cache import slot_arrays
 from edgellama_convert import convert
 
 VOCAB = 277
-KINDS = ("float16", "int8", "float32")
+TORCH_KINDS = ("torch float16", "torch bfloat16", "torch int8", "torch float32")
+KINDS = ("float16", "int8", "float32", *(pytest.param(kind, marks=pytest.mark.torch) for kind in TORCH_KINDS))
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,10 @@ def model_file(tmp_path_factory):
 
 
 def make(file, kind, n_ctx=128, n_slots=3, **options):
+    if kind.startswith("torch"):
+        from edgellama.backends.gpu.backend import TorchBackend
+
+        return TorchBackend(file, n_ctx, n_slots, device="cpu", kv_cache=kind.removeprefix("torch "))
     if kind == "float32":
         return ReferenceBackend(file, n_ctx, n_slots)
     return CpuBackend(file, n_ctx, n_slots, kv_cache=kind, **{"n_threads": 2, **options})
@@ -78,7 +83,7 @@ def test_what_is_read_from_a_slot_can_be_written_to_another_context(model_file, 
     run(source, tokens[:n], slot=1)
     data = source.read_slot(1, n)
     config = model_file.config
-    assert {name: (a.dtype, a.shape) for name, a in data.items()} == slot_arrays(config, kind, n)
+    assert {name: (a.dtype, a.shape) for name, a in data.items()} == slot_arrays(config, source.kv_cache, n)
     expected = run(source, tokens[n:], n, slot=1)
     target = make(model_file, kind, n_ctx=n + 10, n_slots=2)
     run(target, tokens_of(n + 10, seed=3), slot=1)

@@ -39,7 +39,11 @@ class Backend(Protocol):
 
     @property
     def kv_cache(self) -> str:
-        """What the cache holds: "float16", "int8" or "float32"."""
+        """What the cache holds: "float16", "bfloat16", "int8" or "float32"."""
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of prompts that one call should have: more gain nothing, and wait longer for `cancel`."""
 
     def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Run a flat batch of tokens; return float32 [R, vocab_size], the logits after the tokens numbered in `rows`.
@@ -70,8 +74,8 @@ class Backend(Protocol):
     def cancel(self) -> None:
         """From another thread: make the `forward` or `hidden` that runs, or else the next one, raise CancelledError.
 
-        Within one layer of one chunk of the prompt. The backend can be used afterwards; positions that the call was to
-        write are undefined.
+        Within one layer of one chunk of the prompt (a GPU works off what it was given before: up to a chunk). The
+        backend can be used afterwards; positions that the call was to write are undefined.
         """
 
     def close(self) -> None:

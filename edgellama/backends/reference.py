@@ -31,6 +31,7 @@ class ReferenceBackend:
     """A `Backend` with a float32 KV cache, [layers, slots, n_ctx, kv_heads, head_dim] each for keys and values."""
 
     kv_cache = "float32"
+    pass_tokens = 256
     batch_invariant = False  # BLAS adds up in another order for other shapes
 
     def __init__(self, model_file: ModelFile, n_ctx: int, n_slots: int = 1):

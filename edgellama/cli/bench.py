@@ -32,7 +32,8 @@ def add_parser(subparsers) -> None:
         help="also: what `generate` adds to N greedy tokens' passes",
     )
     add("-t", "--threads", type=options.positive_int, metavar="T", help="default: the physical cores")
-    add("--kv-cache", choices=("float16", "int8"), default="float16", help="what the cache holds (default float16)")
+    options.add_kv_cache(parser)
+    options.add_device(parser)
     options.add_json(parser, "print a list of rows")
     parser.set_defaults(run=run, parser=parser)
 
@@ -53,9 +54,8 @@ def run(args: argparse.Namespace) -> int:
     with open_model(find_model(options.model_of(args))) as file:
         rows = []
         printer = _Table(f"llama {_billions(bench.parameters(file))} int4", file.size, bench.parameters(file))
-        for test, row in zip(
-            tests, bench.run(file, tests, args.repetitions, args.threads, args.kv_cache, _progress), strict=True
-        ):
+        measured = bench.run(file, tests, args.repetitions, args.threads, args.kv_cache, _progress, args.device)
+        for test, row in zip(tests, measured, strict=True):
             rows.append(row)
             if not args.json:
                 _clear()
@@ -63,12 +63,14 @@ def run(args: argparse.Namespace) -> int:
         _clear()
         extra = None
         if args.generate:
-            extra = bench.run_generate(file, args.generate, args.repetitions, args.threads, args.kv_cache)
+            extra = bench.run_generate(file, args.generate, args.repetitions, args.threads, args.kv_cache, args.device)
         if args.json:
             console.say_json([row.to_dict() for row in rows] + ([extra.to_dict()] if extra else []))
             return 0
         if rows:
-            console.say(f"memory: {rows[-1].bandwidth / 1e9:.1f} GB/s; peak RSS: {rows[-1].peak_rss / 2**20:.0f} MiB")
+            last = rows[-1]
+            gpu = "" if last.device_bytes is None else f"; on the GPU: {last.device_bytes / 2**20:.0f} MiB"
+            console.say(f"memory: {last.bandwidth / 1e9:.1f} GB/s; peak RSS: {last.peak_rss / 2**20:.0f} MiB{gpu}")
         if extra:
             console.say(
                 f"generate: {extra.generate_ts:.2f} t/s over {extra.n_gen} greedy tokens (bare passes: "
@@ -81,10 +83,10 @@ class _Table:
     """llama-bench's Markdown table, a row at a time."""
 
     HEADS = ("model", "size", "params", "backend", "threads", "test", "t/s", "of memory", "TTFT")
-    WIDTHS = (20, 10, 8, 7, 7, 16, 21, 9, 8)
+    WIDTHS = (20, 10, 8, 9, 7, 16, 21, 9, 8)
 
     def __init__(self, model: str, size: int, params: int):
-        self._fixed = [model, f"{size / 2**30:.2f} GiB", _billions(params), "cpu"]
+        self._fixed = [model, f"{size / 2**30:.2f} GiB", _billions(params)]
         self._begun = False
 
     def show(self, test, row) -> None:
@@ -95,7 +97,8 @@ class _Table:
         share = "" if row.bandwidth_share is None else f"{row.bandwidth_share:.0%}"
         ttft = "" if row.ttft_s is None else f"{row.ttft_s:.2f} s"
         rate = f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}"
-        self._line([*self._fixed, str(row.n_threads), test.name, rate, share, ttft])
+        threads = str(row.n_threads) if row.n_threads else ""
+        self._line([*self._fixed, row.backend, threads, test.name, rate, share, ttft])
 
     def _line(self, cells: list[str]) -> None:
         padded = (cell.rjust(width) for cell, width in zip(cells, self.WIDTHS, strict=True))

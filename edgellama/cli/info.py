@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(file) -> dict[str, Any]:
     """The facts of an open ModelFile as plain values; sizes in bytes."""
+    from edgellama import devices
     from edgellama.memory import available_bytes
     from edgellama.model import choose_n_ctx, kv_bytes_per_token
 
@@ -68,6 +69,7 @@ def describe(file) -> dict[str, Any]:
         "kv_bytes_per_token": per_token,
         "default_n_ctx": n_ctx,
         "memory_bytes": file.size + n_ctx * per_token,
+        "devices": devices.available(),
         "notes": notes,
         "provenance": dict(file.provenance),
         "receipt": file.receipt,
@@ -104,9 +106,14 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"({console.size(1024 * facts['kv_bytes_per_token'])} per 1024)",
         ),
     ]
+    result.append(("devices", ", ".join(facts["devices"]) + _cuda_hint(facts["devices"])))
     result += [(key, _plain(value)) for key, value in provenance.items() if value and not isinstance(value, dict)]
     result += [("note", note) for note in facts["notes"]]
     return result
+
+
+def _cuda_hint(devices: list[str]) -> str:
+    return "" if "cuda" in devices else " (cuda: pip install 'edgellama[cuda]')"
 
 
 def _plain(value: object, limit: int = 68) -> str:

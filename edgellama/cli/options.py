@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgellama.devices import DEVICES, KV_CACHES
 from edgellama.errors import EdgellamaError
 
 _MAX_FILE_BYTES = 1 << 20
@@ -32,13 +33,23 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         "-t", "--threads", type=positive_int, metavar="T", help="default: the physical cores this process may use"
     )
     parser.add_argument("-c", "--ctx", type=positive_int, metavar="N", help="positions in the KV cache")
-    parser.add_argument("--kv-cache", default="float16", choices=("float16", "int8"), help="int8 takes half the memory")
+    add_kv_cache(parser)
+    add_device(parser)
+
+
+def add_kv_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-cache", default="float16", choices=KV_CACHES, metavar="K", help="float16 (default); int8: half the memory"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="cpu",
-        choices=("cpu", "auto", "reference", "cuda"),
+        choices=DEVICES,
         metavar="D",
-        help="cpu (default); auto (the best there is); reference (slow, exact)",
+        help="cpu (default); cuda; auto (cuda if there is one); reference (slow, exact); torch-cpu",
     )
 
 

@@ -21,7 +21,7 @@ from edgellama.generate.results import FinishReason
 from edgellama.generate.slots import MIN_SHARED, Slot, SlotTable, common_prefix
 
 CHUNK = 256
-"""Tokens of a pass while prompts are computed: what the CPU backend takes through its layers at once."""
+"""Tokens of a pass while prompts are computed, where the backend does not say (`pass_tokens`)."""
 SCORED_CHUNK = 32
 """The same where the logits of every position are wanted, which are large."""
 
@@ -34,7 +34,7 @@ class Engine:
     def __init__(self, backend: Backend, config: LlamaConfig, prefix_reuse: bool | None = None):
         self.backend, self.config = backend, config
         self.slots = SlotTable(backend, config, prefix_reuse)
-        self.chunk = CHUNK
+        self.chunk = getattr(backend, "pass_tokens", CHUNK)
         self._abort: Callable[[], None] = getattr(backend, "cancel", _nothing)
 
     def forward(

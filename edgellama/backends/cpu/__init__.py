@@ -44,6 +44,7 @@ class CpuBackend:
     """
 
     batch_invariant = True
+    pass_tokens = PREFILL_CHUNK
 
     def __init__(
         self,

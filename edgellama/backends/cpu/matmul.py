@@ -12,7 +12,7 @@ A code has one part (int8) or two (15 bits, high and low; see `tiles`):
 
 from __future__ import annotations
 
-from numba import int64, types
+from numba import types
 
 from .jit import kernel
 from .simd import ADDRESS, emit_native_call, vector_intrinsic
