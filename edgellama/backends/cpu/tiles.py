@@ -59,8 +59,8 @@ the processor's prefetcher (576 inputs: 12 GB/s a core with gaps, 30 without).""
 STEP = 32
 """Inputs that an inner loop takes at a time."""
 AHEAD = 4096
-"""Bytes of weights that are asked for ahead where a few tokens share them: so slow a stream does not wake the prefetcher, and
-waiting and multiplying would add up (4096 inputs, 8 tokens: 9.5 GB/s a core without, 12.9 with)."""
+"""Bytes of weights that are asked for ahead where a few tokens share them: so slow a stream does not wake the
+prefetcher, and waiting and multiplying would add up (4096 inputs, 8 tokens: 9.5 GB/s a core without, 12.9 with)."""
 CHAINS = 4
 """Sums that grow side by side, at least: each waits for its own last product."""
 
