@@ -110,9 +110,11 @@ def _read(source: str) -> str | None:
     """The text of a source; None for the model's own."""
     if source == SELF:
         return None
-    path = _BUILTIN_TEXT if source == BUILTIN else Path(source).expanduser()
+    if source == BUILTIN:
+        return _read_folder(_BUILTIN_TEXT, "*.txt")
+    path = Path(source).expanduser()
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, "*")
     if not path.exists():
         raise ConvertError(f"calibration text {source}: no such file; give {BUILTIN}, {SELF}, a text file or a folder")
     try:
@@ -121,10 +123,10 @@ def _read(source: str) -> str | None:
         raise ConvertError(f"calibration text {path}: not UTF-8, byte {error.start} is wrong") from None
 
 
-def _read_folder(folder: Path) -> str:
+def _read_folder(folder: Path, pattern: str) -> str:
     """All text files in a folder, in the order of their names; what is not UTF-8 is no text."""
     texts, nbytes = [], 0
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob(pattern)):
         if not path.is_file() or any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         nbytes += path.stat().st_size
