@@ -55,6 +55,10 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-c", "--ctx", type=positive_int, metavar="N", help="positions in the KV cache")
     parser.add_argument("--kv-cache", default="float16", choices=("float16", "int8"), help="int8 takes half the memory")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="cpu",
@@ -132,3 +136,15 @@ def read_prompt(text: str) -> str:
     except UnicodeDecodeError as error:
         raise EdgellamaError(f"stdin is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
     return prompt.removesuffix("\n").removesuffix("\r")
+
+
+def read_text(path: str) -> str:
+    """The text of a UTF-8 file, or of stdin for "-"."""
+    if path == "-":
+        return read_prompt(path)
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EdgellamaError(f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
