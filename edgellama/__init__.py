@@ -17,7 +17,10 @@ __version__ = "0.1.0"  # the one source; the build reads it from here
 
 if TYPE_CHECKING:
     from edgellama.errors import (
+        CancelledError,
+        ChatTemplateError,
         ConfigError,
+        ConstraintError,
         ContextError,
         ConvertError,
         DeviceError,
@@ -25,26 +28,39 @@ if TYPE_CHECKING:
         FormatError,
         TokenizerError,
     )
-    from edgellama.generate import Generation, Stream, Timings
+    from edgellama.generate import AsyncStream, CancelToken, Generation, Stream, Timings, TokenLogprob
     from edgellama.model import Llama, load
+    from edgellama.scoring import Score
 
 _HOME = {  # public name -> the module that defines it
     "load": "edgellama.model",
     "Llama": "edgellama.model",
+    "AsyncStream": "edgellama.generate",
+    "CancelToken": "edgellama.generate",
     "Generation": "edgellama.generate",
     "Stream": "edgellama.generate",
     "Timings": "edgellama.generate",
+    "TokenLogprob": "edgellama.generate",
+    "Score": "edgellama.scoring",
     "EdgellamaError": "edgellama.errors",
     "FormatError": "edgellama.errors",
     "ConfigError": "edgellama.errors",
     "ConvertError": "edgellama.errors",
     "TokenizerError": "edgellama.errors",
+    "ConstraintError": "edgellama.errors",
+    "ChatTemplateError": "edgellama.errors",
     "ContextError": "edgellama.errors",
     "DeviceError": "edgellama.errors",
+    "CancelledError": "edgellama.errors",
 }
 
 __all__ = [
+    "AsyncStream",
+    "CancelToken",
+    "CancelledError",
+    "ChatTemplateError",
     "ConfigError",
+    "ConstraintError",
     "ContextError",
     "ConvertError",
     "DeviceError",
@@ -52,8 +68,10 @@ __all__ = [
     "FormatError",
     "Generation",
     "Llama",
+    "Score",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "TokenizerError",
     "__version__",
     "load",

@@ -1,7 +1,8 @@
 """How fast a model runs here: llama-bench's tests, and what share of the memory's bandwidth decode gets.
 
 Knows: a backend, a clock and the memory's own speed, which is measured in turn with every sample because shared
-machines and laptops change speed from minute to minute. Does not know how results are shown (`cli.bench`).
+machines and laptops change speed from minute to minute; and what `generate` adds to forward passes. Does not know how
+results are shown (`cli.bench`).
 """
 
 from __future__ import annotations
@@ -66,6 +67,26 @@ class Row:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class GenerateRow:
+    """What `generate` costs beyond its forward passes: greedy, `n_gen` tokens after a short prompt; medians.
+
+    `generate_ts`, `forward_ts`: tokens a second of `generate`, and of bare passes over the same tokens, in turn.
+    `outside_us`: microseconds for each token that `generate` spends outside its passes; `overhead`: their share, over
+    the time inside. Comparing the first two instead would add the noise of two measurements of the same passes.
+    """
+
+    n_gen: int
+    n_threads: int
+    generate_ts: float
+    forward_ts: float
+    outside_us: float
+    overhead: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def plan(prompts: list[int], gens: list[int], depths: list[int], batches: list[int]) -> list[Test]:
     """All combinations: for each depth and batch, each prompt length and each number of tokens (0: no such test)."""
     tests = []
@@ -88,6 +109,8 @@ def run(
     from edgellama.backends.cpu import CpuBackend
     from edgellama.backends.cpu.bandwidth import Bandwidth
 
+    if not tests:
+        return
     n_ctx = max(test.n_depth + max(test.n_prompt, test.n_gen) for test in tests)
     if n_ctx > file.config.max_position_embeddings:
         raise ContextError(f"{n_ctx} tokens do not fit into the model's {file.config.max_position_embeddings}")
@@ -100,6 +123,68 @@ def run(
     finally:
         backend.close()
         bandwidth.close()
+
+
+def run_generate(
+    file: ModelFile, n_gen: int, repetitions: int, n_threads: int | None = None, kv_cache: str = "float16"
+) -> GenerateRow:
+    """Measure what `generate` adds to forward passes."""
+    from edgellama.backends.cpu import CpuBackend
+    from edgellama.model import Llama
+
+    n_prompt = 8
+    if n_prompt + n_gen > file.config.max_position_embeddings:
+        raise ContextError(
+            f"{n_prompt + n_gen} tokens do not fit into the model's {file.config.max_position_embeddings}"
+        )
+    backend = _Timed(CpuBackend(file, n_prompt + n_gen, n_threads=n_threads, kv_cache=kv_cache))
+    # Not closed: the file is the caller's.
+    llm = Llama(file, backend)
+    prompt = np.random.default_rng(0).integers(0, file.config.vocab_size, n_prompt).tolist()
+    inside, outside, bare = [], [], []
+    try:
+        for repetition in range(repetitions + 1):
+            backend.seconds = 0.0
+            started = time.perf_counter()
+            reply = llm.generate(prompt, n_gen, temperature=0, eos_token_id=[])
+            whole = time.perf_counter() - started
+            passes = backend.seconds
+            tokens = [*prompt, *reply.token_ids[:-1]]
+            started = time.perf_counter()
+            for position in range(n_prompt - 1, len(tokens)):
+                backend.forward(np.array([tokens[position]]), np.array([position]), np.array([0]), np.array([0]))
+            if repetition:  # the first one warms up
+                bare.append(time.perf_counter() - started)
+                inside.append(passes)
+                outside.append(whole - passes)
+    finally:
+        backend.close()
+    return GenerateRow(
+        n_gen=n_gen,
+        n_threads=backend.n_threads,
+        generate_ts=n_gen / statistics.median(a + b for a, b in zip(inside, outside, strict=True)),
+        forward_ts=n_gen / statistics.median(bare),
+        outside_us=statistics.median(outside) / n_gen * 1e6,
+        overhead=statistics.median(a / b for a, b in zip(outside, inside, strict=True)),
+    )
+
+
+class _Timed:
+    """A backend that adds up the seconds spent in `forward`."""
+
+    def __init__(self, backend: CpuBackend):
+        self._backend = backend
+        self.seconds = 0.0
+
+    def forward(self, *arrays: np.ndarray) -> np.ndarray:
+        started = time.perf_counter()
+        try:
+            return self._backend.forward(*arrays)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
 
 
 def _measure(
@@ -195,4 +280,4 @@ def parameters(file: ModelFile) -> int:
     return sum(int(np.prod(entry.shape)) for entry in file.tensors.values() if not entry.name.endswith(".scales"))
 
 
-__all__ = ["Row", "Test", "parameters", "plan", "run"]
+__all__ = ["GenerateRow", "Row", "Test", "parameters", "plan", "run", "run_generate"]

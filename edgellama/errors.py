@@ -5,7 +5,9 @@
     ├── ConfigError           a model config value is missing, ill-typed or unsupported (names the key)
     ├── ConvertError          a source checkpoint cannot be found, read or converted
     ├── TokenizerError        a tokenizer is missing, damaged or of an unsupported kind
+    ├── ChatTemplateError     a chat template is missing, broken, refuses the conversation or asks for too much
     ├── ContextError          the tokens do not fit into the KV cache
+    ├── ConstraintError       a schema, expression or grammar for the output cannot be used, or is not obeyed
     ├── DeviceError           the device asked for is not there
     └── CancelledError        a computation was stopped on request
 
@@ -48,8 +50,16 @@ class TokenizerError(EdgellamaError):
     """A tokenizer that is missing, damaged or of an unsupported kind."""
 
 
+class ChatTemplateError(EdgellamaError):
+    """A chat template that is missing, broken, refuses the conversation or asks for too much."""
+
+
 class ContextError(EdgellamaError):
     """More tokens than the KV cache holds."""
+
+
+class ConstraintError(EdgellamaError):
+    """A schema, regular expression or grammar that cannot be used, or a token that it does not allow."""
 
 
 class DeviceError(EdgellamaError):

@@ -1,44 +1,49 @@
-"""A loaded model: ids in, logits or a reply out.
+"""A loaded model: ids in, logits or replies out.
 
-Knows: the file, one backend with its KV cache (one sequence), and where in it we are. Does not know: how a forward
-pass is computed (`backends`), what a file looks like (`format`), how a token is chosen (`sampling`).
+Knows: the file, one backend, who may use it now, and where in the cache the last call ended. Does not know: how a
+forward pass is computed (`backends`), what a file looks like (`format`), how replies come about (`generate`).
 """
 
+import contextlib
 import gc
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Unpack, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import numpy as np
 
-from edgellama.errors import CancelledError, ConfigError, ContextError, DeviceError, EdgellamaError, TokenizerError
-from edgellama.generate import Generation, NoText, Stream, TextDecoder
+from edgellama import chat, openai_shapes
+from edgellama.errors import ConfigError, ContextError, DeviceError, EdgellamaError, TokenizerError
+from edgellama.generate import AsyncStream, CancelToken, GenerateOptions, Generation, Stream
+from edgellama.generate.engine import Batch, Engine
+from edgellama.generate.prompts import Ids, Prompts, check_ids, read_prompts
+from edgellama.generate.replies import make_replies
+from edgellama.generate.request import Request, id_set, integer
+from edgellama.generate.slots import Slot
+from edgellama.generate.stream import Call, Stepper
 from edgellama.memory import available_bytes
 from edgellama.paths import find_model
-from edgellama.sampling import Sampler, SamplingOptions, SamplingParams
+from edgellama.sampling import SamplingParams
+from edgellama.sizing import choose_n_ctx, choose_n_slots, kv_bytes_per_token
 
 if TYPE_CHECKING:
     from edgellama.backends import Backend
     from edgellama.config import LlamaConfig
     from edgellama.format import ModelFile
+    from edgellama.scoring import Score
     from edgellama.tokenizer import Tokenizer
 
 DEVICES = ("cpu", "auto", "reference", "cuda")
 KV_CACHES = ("float16", "int8")
 DEFAULT_MAX_NEW_TOKENS = 256
-_MIN_CTX = 512  # a context worth having: not cut below it however little memory there seems to be
-_SLACK_BYTES = 256 << 20  # left for Python, NumPy and activations
-
-# The tail of the prompt that the text decoder sees: enough that the reply's first word keeps its leading space.
-_PRIME_TOKENS = 16
+_POLL_S = 0.05  # how soon a call that waits for its turn sees that it was cancelled
 
 _log = logging.getLogger("edgellama")
-
-Ids = Sequence[int] | np.ndarray
 
 
 def load(
@@ -47,15 +52,26 @@ def load(
     n_ctx: int | None = None,
     n_threads: int | None = None,
     kv_cache: str = "float16",
+    *,
+    n_slots: int | None = None,
+    prefix_reuse: bool | None = None,
+    cancel: CancelToken | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> "Llama":
     """Open an `.edgellama` file for inference.
 
     `device`: "cpu" (Numba), "auto" (the best there is; now the CPU), "reference" (float32 NumPy, slow: to check the
     others against). `n_ctx`: positions in the KV cache; None takes the model's `max_position_embeddings`, cut to
     what memory allows (`Llama.notes` says so). `n_threads`: None takes the cores this process may use. `kv_cache`:
-    "float16" or "int8", which takes half the memory (the reference keeps float32).
+    "float16" or "int8", which takes half the memory (the reference keeps float32). `n_slots`: sequences that are
+    computed together, each with `n_ctx` positions of its own, which take memory only once they are used; None: 8, or
+    as many as fit. `prefix_reuse`: whether a call may start from what earlier ones left in the cache; None: where
+    that changes no bits, which the CPU promises.
 
-    Raises EdgellamaError (missing file), FormatError (damaged file), DeviceError, ContextError.
+    Opening takes milliseconds, the first pass then reads the weights from the disk. With `progress(fraction)` they are
+    read here instead, for a bar that tells the truth. `cancel` ends it within a few milliseconds.
+
+    Raises EdgellamaError (missing file), FormatError (damaged file), DeviceError, ContextError, CancelledError.
     """
     begun = time.perf_counter()
     if device not in DEVICES:
@@ -65,70 +81,69 @@ def load(
     if kv_cache not in KV_CACHES:
         raise DeviceError(f"unknown kv_cache {kv_cache!r}; choose float16 or int8")
     kind = "float32" if device == "reference" else kv_cache
-    n_ctx = None if n_ctx is None else _positive("n_ctx", n_ctx)
-    n_threads = None if n_threads is None else _positive("n_threads", n_threads)
+    n_ctx = None if n_ctx is None else integer("n_ctx", n_ctx, 1)
+    n_threads = None if n_threads is None else integer("n_threads", n_threads, 1)
+    n_slots = None if n_slots is None else integer("n_slots", n_slots, 1)
+    cancel = cancel or CancelToken()
+    cancel.raise_if_cancelled()
     path = find_model(path)
     from edgellama.format import open_model
 
     file = open_model(path)
     try:
-        n_ctx, notes = choose_n_ctx(file.config, n_ctx, file.size, available_bytes(), kind)
+        free = available_bytes()
+        if progress is not None:
+            _read_ahead(file, free, cancel, progress)
+        cancel.raise_if_cancelled()
+        n_ctx, notes = choose_n_ctx(file.config, n_ctx, file.size, free, kind, n_slots or 1)
+        if n_slots is None:
+            n_slots = choose_n_slots(file.config, n_ctx, file.size, free, kind)
         if device != "reference" and not _kernels_are_compiled():
             notes.append("first run on this machine: compiling kernels, up to half a minute, once")
-        backend = _make_backend(device, file, n_ctx, n_threads, kv_cache)
+        backend = _make_backend(device, file, n_ctx, n_slots, n_threads, kv_cache)
+        try:
+            cancel.raise_if_cancelled()
+        except BaseException:
+            backend.close()
+            raise
     except BaseException:
         file.close()
         raise
-    return Llama(file, backend, notes=notes, load_s=time.perf_counter() - begun)
+    if progress is not None:
+        progress(1.0)
+    load_s = time.perf_counter() - begun
+    return Llama(file, backend, notes=notes, load_s=load_s, prefix_reuse=prefix_reuse)
 
 
-def kv_bytes_per_token(config: "LlamaConfig", kv_cache: str = "float16") -> int:
-    """Bytes of KV cache that one position takes; "float32" is the reference's."""
-    from edgellama.kv_cache import bytes_per_position
+def _read_ahead(file: "ModelFile", free: int | None, cancel: CancelToken, progress: Callable[[float], None]) -> None:
+    """Have the system read the file into memory, where it fits."""
+    progress(0.0)
+    if free is not None and file.size > free:
+        return  # the beginning would be thrown out again for the end
 
-    return bytes_per_position(config) * 2 if kv_cache == "float32" else bytes_per_position(config, kv_cache)
+    def tell(done: int, total: int) -> None:
+        cancel.raise_if_cancelled()
+        if done < total:
+            progress(done / total)
 
-
-def choose_n_ctx(
-    config: "LlamaConfig", asked: int | None, weight_bytes: int, free_bytes: int | None, kv_cache: str = "float16"
-) -> tuple[int, list[str]]:
-    """The number of positions to keep, and what the user should know about it.
-
-    `free_bytes` None: unknown, no cut. An explicit `asked` is obeyed, or refused with ContextError where it
-    cannot fit at all.
-    """
-    limit = config.max_position_embeddings
-    per_token = kv_bytes_per_token(config, kv_cache)
-    fits = None
-    if free_bytes is not None:
-        # Three quarters of what is left beside the weights: the user's other programs live here too.
-        fits = max(_MIN_CTX, (free_bytes - weight_bytes - _SLACK_BYTES) * 3 // 4 // per_token)
-    if asked is not None:
-        if free_bytes is not None and asked * per_token > free_bytes and asked > _MIN_CTX:
-            raise ContextError(
-                f"n_ctx {asked} needs {asked * per_token / 1e9:.1f} GB of KV cache, "
-                f"{free_bytes / 1e9:.1f} GB of memory are free; about {min(limit, fits or limit)} fit"
-            )
-        if asked > limit:
-            return asked, [f"context {asked} is beyond the model's {limit} positions; the end of it may be poor"]
-        return asked, []
-    if fits is not None and fits < limit:
-        fits = fits // 256 * 256
-        return fits, [f"context cut from the model's {limit} to {fits} tokens, which is what memory allows"]
-    return limit, []
+    file.read_ahead(tell)
 
 
-def _make_backend(device: str, file: "ModelFile", n_ctx: int, n_threads: int | None, kv_cache: str) -> "Backend":
+def _make_backend(
+    device: str, file: "ModelFile", n_ctx: int, n_slots: int, n_threads: int | None, kv_cache: str
+) -> "Backend":
     try:
         if device == "reference":
             from edgellama.backends.reference import ReferenceBackend
 
-            return ReferenceBackend(file, n_ctx)
+            return ReferenceBackend(file, n_ctx, n_slots)
         from edgellama.backends.cpu import CpuBackend
 
-        return CpuBackend(file, n_ctx, n_threads=n_threads, kv_cache=kv_cache)
+        return CpuBackend(file, n_ctx, n_slots, n_threads=n_threads, kv_cache=kv_cache)
     except MemoryError:
-        raise ContextError(f"not enough memory for a context of {n_ctx} tokens; ask for fewer with n_ctx") from None
+        raise ContextError(
+            f"not enough memory for {n_slots} sequences of {n_ctx} tokens; ask for less with n_ctx and n_slots"
+        ) from None
 
 
 def _kernels_are_compiled() -> bool:
@@ -139,22 +154,31 @@ def _kernels_are_compiled() -> bool:
 
 
 class Llama:
-    """A model ready to run; made by `load`. One sequence at a time: calls from several threads wait for each other.
+    """A model ready to run; made by `load`. Calls from several threads wait for each other.
 
-    `config`, `tokenizer`, `n_ctx`, `n_past` (positions filled), `eos_ids`, `defaults` (sampling), `notes` (what
-    the user should know), `load_s`. Use as a context manager, or call `close()`.
+    `config`, `tokenizer`, `n_ctx`, `n_slots`, `n_past` (positions filled), `eos_ids`, `defaults` (sampling), `notes`
+    (what the user should know), `load_s`. Use as a context manager, or call `close()`.
     """
 
-    def __init__(self, file: "ModelFile", backend: "Backend", *, notes: Sequence[str] = (), load_s: float = 0.0):
+    def __init__(
+        self,
+        file: "ModelFile",
+        backend: "Backend",
+        *,
+        notes: Sequence[str] = (),
+        load_s: float = 0.0,
+        prefix_reuse: bool | None = None,
+    ):
         self.file = file
-        self.config = file.config
-        self.n_ctx = backend.n_ctx
-        self.n_past = 0
+        self.config: LlamaConfig = file.config
+        self.n_ctx, self.n_slots = backend.n_ctx, backend.n_slots
         self.notes = tuple(notes)
         self.load_s = load_s
         for note in self.notes:
             _log.info(note)
         self._backend = backend
+        self._engine = Engine(backend, file.config, prefix_reuse)
+        self._cursor: Slot | None = None  # where `forward` goes on
         self._tokenizer: Tokenizer | None = None
         self._generation_config: Mapping[str, object] | None = None
         self._closed = False
@@ -193,12 +217,10 @@ class Llama:
         value = self.generation_config.get("eos_token_id")
         if value is None:
             return frozenset(self.config.eos_token_ids)
-        ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
-            raise ConfigError(
-                f"generation_config.json: eos_token_id must be an integer or a list of them, got {value!r}"
-            )
-        return frozenset(ids)
+        try:
+            return id_set("eos_token_id", value)
+        except TypeError as error:
+            raise ConfigError(f"generation_config.json: {error}") from None
 
     @property
     def defaults(self) -> SamplingParams:
@@ -207,37 +229,68 @@ class Llama:
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def forward(self, input_ids: Ids, logits_to_keep: int = 0) -> np.ndarray:
+    @property
+    def n_past(self) -> int:
+        """Positions filled: where the next `forward` starts. After a `generate` of several replies that is 0."""
+        return 0 if self._cursor is None else self._cursor.n
+
+    def forward(self, input_ids: Ids, logits_to_keep: int = 0, *, cancel: CancelToken | None = None) -> np.ndarray:
         """Run `input_ids` (ints [T]) after what is in the cache and keep them there.
 
         Returns logits, float32 [T, vocab_size]; of the last `logits_to_keep` positions only, where that is not 0.
-        Raises ContextError when they do not fit, ValueError or TypeError for ids that are none.
+        Raises ContextError when they do not fit, ValueError or TypeError for ids that are none, CancelledError; then
+        the cache is as it was.
         """
         ids = self._check_ids(input_ids)
         if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int | np.integer) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be an integer of at least 0, got {logits_to_keep!r}")
         keep = min(int(logits_to_keep) or ids.size, ids.size)
-        self._acquire()
+        self._acquire(cancel)
         try:
-            return self._forward(ids, keep)
+            if self.n_past + ids.size > self.n_ctx:
+                raise ContextError(
+                    f"{self.n_past} tokens in the cache and {ids.size} new ones are more than the context of "
+                    f"{self.n_ctx}; reset() empties the cache, n_ctx makes it larger"
+                )
+            slots = self._engine.slots
+            slot = self._cursor
+            if slot is None:
+                slots.begin()
+                slot = slots.take(ids, reuse=False)
+            assert slot is not None
+            logits = self._engine.extend(slot, ids, keep, cancel)
+            slots.release(slot)
+            self._cursor = slot
+            return logits
         finally:
             self._release()
 
     def reset(self) -> None:
-        """Empty the cache: the next `forward` starts at position 0."""
+        """Empty the cache: the next `forward` starts at position 0, and nothing is left to be reused."""
         self._acquire()
-        self.n_past = 0
+        self._cursor = None
+        self._engine.slots.forget()
         self._release()
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str, but comes first
         self,
         prompt: str | Ids,
         max_new_tokens: int | None = None,
         *,
         stream: Literal[False] = False,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[GenerateOptions],
     ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompts,
+        max_new_tokens: int | None = None,
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]: ...
 
     @overload
     def generate(
@@ -246,56 +299,80 @@ class Llama:
         max_new_tokens: int | None = None,
         *,
         stream: Literal[True],
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[GenerateOptions],
     ) -> Stream: ...
 
     def generate(
         self,
-        prompt: str | Ids,
+        prompt: str | Ids | Prompts,
         max_new_tokens: int | None = None,
         *,
         stream: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Generation | Stream:
-        """Continue `prompt` (text, encoded with the model's special tokens, or ids as they are).
+        **options: Unpack[GenerateOptions],
+    ) -> Generation | list[Generation] | Stream:
+        """Continue `prompt`: a text, encoded with the model's special tokens, or ids as they are.
 
-        Starts from an empty cache. `max_new_tokens` None: the model's generation_config.json, else 256; a full
-        context ends the reply too. `sampling`: temperature (0 is greedy), top_k, top_p, min_p, seed; what is left
-        out or None is the model's own (`defaults`). With `stream=True` returns a `Stream` of pieces of text, whose
-        `.result` is the Generation. A model without a tokenizer takes ids only, and its replies have no text.
-        Raises ContextError when the prompt leaves no room for a token.
+        A list of texts (or of lists of ids) is computed together, `n_slots` at a time; returns a list of Generations
+        in the same order, each bit for bit what it would be alone. With `stream=True` (one prompt) returns a `Stream`
+        of pieces of text, whose `.result` is the Generation. A model without a tokenizer takes ids only, and its
+        replies have no text. Raises ContextError when a prompt leaves no room for a token.
+
+        `max_new_tokens`: None is the model's generation_config.json, else 256. A full context ends the reply, too,
+        unless `on_full="slide"`: then the first 4 positions and the later half of the rest are kept and computed
+        again, which costs as much as a prompt of that length, each time that the context is full.
+
+        `stop`: a string or several; the text ends before the first of them. `eos_token_id`: an id or several in place
+        of the model's own. `max_time`: seconds from the first pass on, looked at between passes. `cancel`: a
+        CancelToken. `progress(done, total)`: after every pass over the prompts (256 tokens at most).
+        `logprobs`, `top_logprobs`: of each new token, and the likeliest so many in its place; with `echo` (the text
+        begins with the prompt) of the prompt's tokens, too. `num_return_sequences`: so many replies to each prompt,
+        which is computed once; returns a list. Reply number i of the call has the seed `seed + i`.
+        `logits_processor`: functions (ids, logits) -> logits. One of `json_schema`, `regex`, `choice`, `grammar`
+        holds the text to a form. `num_beams`, `length_penalty`, `early_stopping`: beam search.
+        `prompt_lookup_num_tokens` or `draft_model`: speculative decoding.
+
+        Everything else is a sampling option (`SamplingParams`): temperature (0 is greedy), top_k, top_p, min_p, seed
+        and so on. What is left out or None is the model's own (`defaults`).
         """
         started = time.perf_counter()
-        params = self.defaults.override(**sampling)
+        request = Request.of(options)
+        params = self.defaults.override(**cast(Any, request.sampling))
         if max_new_tokens is None:
             max_new_tokens = self._default_max_new_tokens()
-        else:
-            max_new_tokens = _positive("max_new_tokens", max_new_tokens)
-        ids = self._encode(prompt) if isinstance(prompt, str) else self._check_ids(prompt)
-        if ids.size >= self.n_ctx:
-            raise ContextError(
-                f"the prompt has {ids.size} tokens, the context {self.n_ctx}: nothing would be left for an answer; "
-                "shorten the prompt or raise n_ctx (-c)"
-            )
-        reply = Stream(
-            ids.tolist(),
-            self._step,
-            Sampler(params),
-            self._text_decoder(ids),
-            max_new_tokens=min(max_new_tokens, self.n_ctx - ids.size),
-            eos_ids=self.eos_ids,
-            acquire=self._begin_stream,
-            release=self._release,
-            abort=getattr(self._backend, "cancel", lambda: None),
+        prompts, several = read_prompts(prompt, self._encode, self._check_ids, self.n_ctx)
+        several = several or request.num_return_sequences > 1
+        if stream and (several or request.num_beams > 1):
+            raise ValueError("stream=True takes one prompt, one reply to it, and no beams")
+        is_about_text = bool(request.stop or request.constraint or request.echo)
+        replies = make_replies(
+            prompts,
+            request,
+            params,
+            max_new_tokens=integer("max_new_tokens", max_new_tokens, 1),
+            eos_ids=self.eos_ids if request.eos_token_id is None else request.eos_token_id,
+            tokenizer=self.tokenizer if self._has_tokenizer() or is_about_text else None,
+            n_ctx=self.n_ctx,
+            vocab_size=self.config.vocab_size,
             load_s=self.load_s,
             started=started,
         )
+        call = Call(
+            replies,
+            lambda call: self._start(call, request),
+            acquire=self._begin,
+            release=self._end,
+            outer=request.cancel,
+        )
         if stream:
-            return reply
-        with reply:  # an interrupt between two tokens must not leave the model busy
-            for _ in reply:
-                pass
-        return reply.result
+            return Stream(call)
+        results = call.run()
+        return results if several else results[0]
+
+    def astream(
+        self, prompt: str | Ids, max_new_tokens: int | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncStream:
+        """`generate(stream=True)` for `async for`: the work is done in a thread, the event loop stays free."""
+        return AsyncStream(lambda: self.generate(prompt, max_new_tokens, stream=True, **options))
 
     def close(self) -> None:
         """Free the cache and release the file's map. May be called twice; waits for a call in another thread."""
@@ -320,46 +397,52 @@ class Llama:
         state = "closed" if self._closed else f"{self.n_past}/{self.n_ctx} tokens"
         return f"<Llama {self.file.path} ({state})>"
 
-    # -- inside --------------------------------------------------------------------------------------------------
+    # -- a call's way through ------------------------------------------------------------------------------------
 
-    def _forward(self, ids: np.ndarray, keep: int) -> np.ndarray:
-        """With the lock held: run ids int32 [T], return the last `keep` positions' logits."""
-        end = self.n_past + ids.size
-        if end > self.n_ctx:
-            raise ContextError(
-                f"{self.n_past} tokens in the cache and {ids.size} new ones are more than the context of {self.n_ctx}; "
-                "reset() empties the cache, n_ctx makes it larger"
+    def _start(self, call: Call, request: Request) -> Stepper:
+        """With the model acquired: what runs the call's replies. The one place where other ways of decoding plug in."""
+        deadline = None if request.max_time is None else time.perf_counter() + request.max_time
+        if request.num_beams > 1:
+            from edgellama.generate.beams import beam_batch
+
+            return beam_batch(
+                self._engine, call.replies, request, self._tokenizer, cancel=call.cancel, deadline=deadline
             )
-        positions = np.arange(self.n_past, end, dtype=np.int32)
-        slots = np.zeros(ids.size, np.int32)
-        rows = np.arange(ids.size - keep, ids.size, dtype=np.int32)
-        try:
-            logits = self._backend.forward(ids, positions, slots, rows)
-        except CancelledError:
-            stream = self._stream() if self._stream else None
-            if stream is not None and stream.cancelled:
-                raise
-            # Meant for an earlier call that had ended just before: it must not hit this one.
-            logits = self._backend.forward(ids, positions, slots, rows)
-        self.n_past = end
-        return logits
+        if request.prompt_lookup_num_tokens or request.draft_model is not None:
+            from edgellama.generate.speculate import speculative_batch
 
-    def _step(self, ids: np.ndarray) -> np.ndarray:
-        return self._forward(ids, 1)[0]
+            if request.draft_model is self or not isinstance(request.draft_model, Llama | None):
+                raise ValueError("draft_model must be another model, opened with edgellama.load")
+            return speculative_batch(self._engine, call.replies, request, cancel=call.cancel, deadline=deadline)
+        return Batch(
+            self._engine,
+            call.replies,
+            cancel=call.cancel,
+            deadline=deadline,
+            slide=request.on_full == "slide",
+            progress=request.progress,
+        )
 
-    def _begin_stream(self, stream: Stream) -> None:
-        self._acquire()
-        self._stream = weakref.ref(stream)
-        self.n_past = 0
+    def _begin(self, call: Call) -> None:
+        self._acquire(call.cancel)
+        self._stream = call.stream
+        self._cursor = None
 
-    def _acquire(self) -> None:
+    def _end(self, call: Call) -> None:
+        if len(call.replies) == 1:
+            self._cursor = call.replies[0].slot
+        self._release()
+
+    def _acquire(self, cancel: CancelToken | None = None) -> None:
         """Wait for the calls of other threads; a stream left open in this one would wait for ever, so say it."""
         me = threading.get_ident()
         if self._owner == me:
-            gc.collect()  # a stream that a `break` left behind holds itself until then
+            gc.collect()  # a stream that a `break` left behind may sit in a cycle, with a traceback
         if self._owner == me:
             raise EdgellamaError("a stream of this model is still open: exhaust it or close() it before the next call")
-        self._lock.acquire()
+        while not self._lock.acquire(timeout=-1 if cancel is None else _POLL_S):
+            if cancel is not None:
+                cancel.raise_if_cancelled()
         self._owner = me
         if self._closed:
             self._release()
@@ -372,6 +455,8 @@ class Llama:
     def _check_open(self) -> None:
         if self._closed:
             raise EdgellamaError("this model is closed; load() it again")
+
+    # -- what callers give ---------------------------------------------------------------------------------------
 
     def _default_max_new_tokens(self) -> int:
         value = self.generation_config.get("max_new_tokens")
@@ -394,37 +479,103 @@ class Llama:
         except ValueError as error:
             raise TokenizerError(f"the tokenizer does not fit the model: {error}") from None
 
-    def _text_decoder(self, prompt_ids: np.ndarray) -> TextDecoder:
-        if not {"tokenizer.json", "tokenizer.model"} & set(self.file.files) and self._tokenizer is None:
-            return NoText()  # ids in, ids out
-        return self.tokenizer.stream(skip_special_tokens=True, after=prompt_ids[-_PRIME_TOKENS:].tolist())
+    def _has_tokenizer(self) -> bool:
+        return self._tokenizer is not None or bool({"tokenizer.json", "tokenizer.model"} & set(self.file.files))
 
     def _check_ids(self, ids: object) -> np.ndarray:
         """`ids` as int32 [T], every one in the vocabulary."""
         self._check_open()
-        if isinstance(ids, str):
-            raise TypeError("input_ids must be integers; encode text with llm.tokenizer.encode(text)")
-        array = np.asarray(ids)
-        if array.size == 0:
-            raise ValueError("there are no tokens: the prompt is empty")
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"input_ids must be integers, got {array.dtype}")
-        if array.ndim == 2 and array.shape[0] == 1:  # a batch of one, as transformers' tokenizers return it
-            array = array[0]
-        if array.ndim != 1:
-            raise ValueError(f"input_ids must have one dimension, got shape {array.shape}")
-        bad = (array < 0) | (array >= self.config.vocab_size)
-        if bad.any():
-            where = int(bad.argmax())
-            raise ValueError(
-                f"input_ids[{where}] is {array[where]}, outside the vocabulary of {self.config.vocab_size} tokens"
-            )
-        return array.astype(np.int32)
+        return check_ids(ids, self.config.vocab_size)
+
+    # -- beyond generate -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lent(self, cancel: CancelToken | None = None) -> Iterator[Engine]:
+        """The engine, for what is no call of `generate`: calls of others wait, and its slots are all free."""
+        self._acquire(cancel)
+        self._cursor = None
+        self._engine.slots.begin()
+        try:
+            yield self._engine
+        finally:
+            self._release()
+
+    def score(
+        self, prompt: str | Ids, choices: Sequence[str] | Sequence[Ids], *, cancel: CancelToken | None = None
+    ) -> "list[Score]":
+        """How probable each of `choices` is after `prompt`; see `edgellama.scoring`, which says where a choice begins.
+
+        What they share is computed once, as many choices at a time as the cache has slots. Ids in place of texts go
+        as they are. Raises ValueError or TypeError for a choice that is none, ContextError for one that does not fit.
+        """
+        from edgellama.scoring import read_choices, score_choices
+
+        read = read_choices(prompt, choices, self._encode, self._check_ids)
+        with self.lent(cancel) as engine:
+            return score_choices(engine, read, cancel)
+
+    def embed(
+        self,
+        texts: str | Ids | Prompts,
+        pooling: Literal["mean", "last"] = "mean",
+        normalize: bool = True,
+        *,
+        cancel: CancelToken | None = None,
+    ) -> np.ndarray:
+        """float32 [N, hidden_size]: a vector for each text (or list of ids), one row for a single one.
+
+        `pooling`: the mean over all tokens' last hidden states, or the last token's. `normalize`: to length 1.
+        """
+        from edgellama.scoring import embed_texts
+
+        prompts, _ = read_prompts(texts, self._encode, self._check_ids, sys.maxsize)
+        with self.lent(cancel) as engine:
+            return embed_texts(engine, [each.ids for each in prompts], pooling, normalize, cancel)
+
+    def save_session(self, path: str | os.PathLike[str]) -> None:
+        """Write the `n_past` tokens that the last call left in the cache, with their keys and values, to a file.
+
+        Raises EdgellamaError where there is nothing to save, or `path` cannot be written; see `edgellama.session`.
+        """
+        from edgellama.session import Session, write_session
+
+        self._acquire()
+        try:
+            slot = self._cursor
+            if slot is None or slot.n == 0:
+                raise EdgellamaError("there is no session to save: the last call left no single sequence in the cache")
+            data = self._backend.read_slot(slot.index, slot.n)
+            session = Session(slot.tokens.copy(), slot.classes.copy(), data)
+        finally:
+            self._release()
+        write_session(path, session, self.file.header_hash)
+
+    def load_session(self, path: str | os.PathLike[str]) -> list[int]:
+        """Put a saved session into the cache, as if it had just been computed; returns its ids, `n_past` of them.
+
+        `forward` goes on behind them, and a `generate` whose prompt begins with them does not compute them again: the
+        same bits as if they had never been saved. Raises FormatError (damaged), EdgellamaError (of another model or
+        kind of cache) or ContextError; then nothing has changed.
+        """
+        from edgellama.session import read_session
+
+        self._check_open()
+        session = read_session(path, self.config, self.file.header_hash, self._backend.kv_cache, self.n_ctx)
+        with self.lent() as engine:
+            slot = engine.slots.take(session.tokens, reuse=False)
+            assert slot is not None
+            engine.backend.write_slot(slot.index, session.data)
+            slot.record(session.tokens, session.classes)
+            engine.slots.release(slot)
+            self._cursor = slot
+        return session.tokens.tolist()
+
+    # -- conversations, and OpenAI's shapes: these functions are methods -----------------------------------------
+
+    chat = chat.chat
+    create_completion = __call__ = openai_shapes.create_completion
+    create_chat_completion = openai_shapes.create_chat_completion
+    create_embedding = openai_shapes.create_embedding
 
 
-def _positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
+__all__ = ["Llama", "choose_n_ctx", "kv_bytes_per_token", "load"]

@@ -32,6 +32,20 @@ def depends_on_length(config: LlamaConfig) -> bool:
     return config.rope.rope_type in _DEPEND_ON_LENGTH
 
 
+def length_class(config: LlamaConfig, seq_len: int) -> int:
+    """A number that two lengths share if and only if they have the same frequencies; below 2**31 for such lengths.
+
+    Keys that were cached in a call of one length are as a call of another would write them where their classes agree.
+    """
+    if config.rope.rope_type == "dynamic":
+        return max(seq_len, config.max_position_embeddings)
+    if config.rope.rope_type == "longrope":
+        original = config.rope.original_max_position_embeddings
+        assert original is not None
+        return int(seq_len > original)
+    return 0
+
+
 @functools.lru_cache(maxsize=16)
 def _cached(config: LlamaConfig, seq_len: int) -> tuple[np.ndarray, float]:
     frequencies, attention_scaling = _TYPES[config.rope.rope_type](config, seq_len)

@@ -33,7 +33,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama checkpoint with a tokenizer of 256 bytes and 3 special tokens."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     make_checkpoint(folder, eos_token_id=2)
-    (folder / "tokenizer.json").write_text(_byte_tokenizer(), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(byte_tokenizer(), encoding="utf-8")
     return folder
 
 
@@ -47,7 +47,7 @@ def tiny_model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-def _byte_tokenizer() -> str:
+def byte_tokenizer() -> str:
     """A byte-level tokenizer.json without merges: ids 0..2 are special, 3 + byte otherwise; <s> goes first."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 

@@ -1,6 +1,7 @@
 """The benchmark's plan, what it counts, and its rows; never how fast anything is."""
 
 import json
+import time
 
 import pytest
 
@@ -9,6 +10,7 @@ from edgellama.cli import main
 from edgellama.errors import ContextError
 from edgellama.format import open_model
 from edgellama.kv_cache import bytes_per_position
+from edgellama.sampling import Sampler
 
 FIELDS = (
     "n_prompt n_gen n_depth n_batch n_threads avg_ts stddev_ts samples_ts bandwidth_share bandwidth ttft_s "
@@ -63,6 +65,33 @@ def test_command_prints_a_table_or_a_list(tiny_model, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("|")[6].strip() == "test" and len({len(line) for line in lines[:-1]}) == 1
     assert [line.split("|")[6].strip() for line in lines[2:4]] == ["pp8", "tg2"]
+
+
+def test_what_generate_adds_is_counted(tiny_model, capsys, monkeypatch):
+    with open_model(tiny_model) as file:
+        row = bench.run_generate(file, 20, repetitions=3, n_threads=1)
+        assert (row.n_gen, row.n_threads) == (20, 1)
+        assert 0 < row.outside_us < 1e6 / row.generate_ts * 20 and row.forward_ts > 0
+        sample = Sampler.__call__
+
+        def slow(self, logits):
+            time.sleep(0.01)
+            return sample(self, logits)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Sampler, "__call__", slow)
+            row = bench.run_generate(file, 5, repetitions=1, n_threads=1)
+        assert row.outside_us >= 10_000 and row.generate_ts < 100 and row.overhead > 0
+        with pytest.raises(ContextError, match=r"136 tokens"):
+            bench.run_generate(file, 128, 1)
+    arguments = ["bench", str(tiny_model), "-p", "0", "-n", "0", "--generate", "20", "-r", "2", "-t", "1"]
+    assert main([*arguments, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)[0]) == [
+        "n_gen", "n_threads", "generate_ts", "forward_ts", "outside_us", "overhead"
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("generate: ") and "outside the passes" in out
 
 
 @pytest.mark.parametrize("arguments", [["-p", "0", "-n", "0"], ["-b", "0"], ["-p", "x"], ["-d", "-1"]])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from checkpoints import DEFAULTS, make_checkpoint, random_weights, state_dict_sh
 from edgellama.cli import console, main, options
 from edgellama.cli.progress import Progress
 from edgellama.errors import EdgellamaError
+from edgellama.generate import Generation, Timings
 from fakes import fake_llama
 
 COMMAND = [sys.executable, "-m", "edgellama"]
-VERBS = ["convert", "generate", "info", "verify", "export", "demo", "bench"]
+VERBS = ["convert", "generate", "chat", "run", "list", "rm", "info", "verify", "export", "demo", "bench"]
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_no_arguments_shows_help_and_is_wrong_usage(capsys):
         (["generate", "m", "-p", "a", "--temprature", "1"], "did you mean '--temperature'?"),
         (["generate", "m", "-p", "a", "--temp", "-1"], "--temperature"),
         (["generate", "m", "-p", "a", "--temperature", "hot"], "'hot' is not a number"),
-        (["generate", "m", "-p", "a", "--top-p", "0"], "--top-p must be above 0"),
+        (["generate", "m", "-p", "a", "--top-p", "0"], "--top-p: must be above 0"),
         (["generate", "m", "-p", "a", "--top-p", "2"], "from 0 to 1"),
         (["generate", "m", "-p", "a", "-n", "0"], "too small"),
         (["generate", "m", "-p", "a", "-n", "many"], "whole number"),
@@ -122,8 +124,8 @@ def test_quiet_says_nothing(fake, capsys):
 def test_json_is_one_object(fake, capsys):
     assert main(["generate", "m", "-p", "a", "-n", "3", "--temperature", "0", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
-    assert set(value) == {"text", "token_ids", "prompt_token_ids", "finish_reason", "timings"}
-    assert set(value["timings"]) == {"load_s", "prefill_s", "prefill_tps", "decode_tps", "ttft_s"}
+    assert set(value) == {each.name for each in fields(Generation)}
+    assert set(value["timings"]) == {each.name for each in fields(Timings)}
     assert (value["text"], value["token_ids"], value["finish_reason"]) == ("bcd", [3, 4, 5], "length")
 
 
@@ -216,6 +218,34 @@ def test_text_for_a_terminal_has_no_escape_sequences(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     console.say("a\x1b]0;title\x07b\nc\u202e")
     assert capsys.readouterr().out == "a?]0;title?b\nc?\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "coloured"),
+    [
+        ({}, True, True),
+        ({"NO_COLOR": ""}, True, True),
+        ({"NO_COLOR": "0"}, True, False),
+        ({"TERM": "dumb"}, True, False),
+        ({}, False, False),
+    ],
+)
+def test_colours(monkeypatch, environment, terminal, coloured):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"TERM": "xterm", "WT_SESSION": "1"} | environment).items():
+        monkeypatch.setenv(name, value)
+    assert console.styled("x", "bold", sys.stderr) == ("\x1b[1mx\x1b[0m" if coloured else "x")
+
+
+def test_a_note_is_broken_between_words_on_a_terminal_only(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10")
+    console.note("three little words, /a/very/long/path")
+    assert capsys.readouterr().err == "three little words, /a/very/long/path\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    console.note("three little words, /a/very/long/path")
+    assert capsys.readouterr().err == "three\nlittle\nwords,\n/a/very/long/path\n"
 
 
 # -- progress --------------------------------------------------------------------------------------------------------

@@ -50,6 +50,15 @@ def test_words_are_not_broken(size):
     assert all(len(line) <= 10 or "very-long" in line for line in "".join(written).splitlines())
 
 
+def test_wide_characters_take_two_cells_and_may_begin_a_line():
+    written = []
+    wrap = WordWrap(written.append, width=10)
+    wrap.push("再讲一个大海的 sea story")
+    assert "".join(written).splitlines() == ["再讲一个大", "海的 sea"]  # the last word is not complete
+    wrap.flush()
+    assert "".join(written).splitlines() == ["再讲一个大", "海的 sea", "story"]
+
+
 def test_options(tiny_demo, tmp_path, capsys):
     out = tmp_path / "mine.edgellama"
     argv = [

@@ -210,7 +210,9 @@ def test_a_bad_generation_config_is_one_error(text):
 def test_timings_have_every_figure():
     result = fake_llama(delay=0.002).generate("abc", 4, temperature=0)
     timings = result.to_dict()["timings"]
-    assert set(timings) == {"load_s", "prefill_s", "prefill_tps", "decode_tps", "ttft_s"}
+    assert set(timings) == {
+        "load_s", "prefill_s", "prefill_tps", "decode_tps", "ttft_s", "cached_tokens", "acceptance_rate"
+    }  # fmt: skip
     assert timings["ttft_s"] >= timings["prefill_s"] >= 0.002
     assert timings["prefill_tps"] == pytest.approx(4 / timings["prefill_s"])
     assert 0 < timings["decode_tps"] < 500

@@ -15,6 +15,7 @@ from edgellama.errors import ContextError, DeviceError, EdgellamaError
 from edgellama.memory import available_bytes
 from edgellama.model import choose_n_ctx, kv_bytes_per_token
 from edgellama.paths import cache_dir, find_model
+from edgellama.sizing import choose_n_slots
 from fakes import FakeFile, fake_llama
 
 
@@ -159,7 +160,7 @@ def test_devices_that_are_not_there(device):
         edgellama.load("whatever", device=device)
 
 
-@pytest.mark.parametrize("argument", ["n_ctx", "n_threads"])
+@pytest.mark.parametrize("argument", ["n_ctx", "n_threads", "n_slots"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "4", True])
 def test_sizes_are_positive_integers(argument, value):
     with pytest.raises((ValueError, TypeError), match=argument):
@@ -188,7 +189,7 @@ def test_what_is_no_model_file_says_what_to_do(tmp_path, monkeypatch):
         "hf": "edgellama convert hf",
         "other": "is a folder",
         "x.gguf": "is a .gguf file",
-        "org/name": "edgellama convert org/name",
+        "org/name": "edgellama run org/name",
         "nothing.edgellama": "edgellama demo",
     }.items():
         with pytest.raises(EdgellamaError) as caught:
@@ -276,3 +277,57 @@ def test_an_int8_cache_is_half_the_size_and_says_much_the_same(tiny_model):
         assert kv_bytes_per_token(half.config, "int8") < 0.6 * kv_bytes_per_token(half.config)
     with pytest.raises(DeviceError, match="unknown kv_cache 'int4'"):
         edgellama.load(tiny_model, kv_cache="int4")
+
+
+# -- how many sequences ----------------------------------------------------------------------------------------------
+
+
+def test_n_slots_are_eight_or_what_memory_allows():
+    config = FakeFile(max_position_embeddings=4096).config
+    slot = 4096 * kv_bytes_per_token(config)
+    free = (256 << 20) + slot * 4 // 3  # one slot is three quarters of what is left
+    assert choose_n_slots(config, 4096, 0, free) == 1
+    assert choose_n_slots(config, 4096, 0, free + slot * 4 * 2 // 3 + 9) == 3
+    assert choose_n_slots(config, 4096, 0, 64 << 30) == 8
+    assert choose_n_slots(config, 4096, 1 << 40, 64 << 30) == 1  # never none
+    assert choose_n_slots(config, 4096, 0, None) == 1
+    assert choose_n_slots(config, 4096, 0, free + slot * 4 * 2 // 3 + 9, "int8") > 3
+
+
+def test_n_ctx_is_cut_for_as_many_sequences_as_were_asked_for():
+    config = FakeFile(max_position_embeddings=1 << 20).config
+    free = (256 << 20) + 10_000 * kv_bytes_per_token(config) * 4 // 3
+    n_ctx, notes = choose_n_ctx(config, None, 0, free, n_slots=4)
+    assert n_ctx == 2304 and "2304 tokens for each of 4 sequences" in notes[0]
+    assert choose_n_ctx(config, 100_000, 0, 64 << 30, n_slots=1)[0] == 100_000
+    with pytest.raises(ContextError, match="for each of 64 sequences needs"):
+        choose_n_ctx(config, 1 << 20, 0, 1 << 32, n_slots=64)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_slots_take_no_memory_before_they_are_used(tiny_checkpoint, tmp_path):
+    """Eight slots of a long context are far more than this process has resident after a short prompt."""
+    from edgellama.backends.reference import ReferenceBackend
+    from edgellama.format import open_model
+    from edgellama_convert import convert
+
+    convert(tiny_checkpoint, tmp_path / "m.edgellama", method="rtn")
+    with open_model(tmp_path / "m.edgellama") as file:
+        n_ctx = (1 << 30) // 8 // kv_bytes_per_token(file.config, "float32")
+        before = resident_bytes()
+        backend = ReferenceBackend(file, n_ctx, 8)  # 1 GiB
+        backend.forward([1, 2, 3], [0, 1, 2], [5, 5, 5], [2])
+        assert resident_bytes() - before < 300 << 20
+        assert sum(array.nbytes for array in (backend._keys, backend._values)) > 900 << 20
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_load_takes_n_slots(tiny_model):
+    with edgellama.load(tiny_model, device="reference") as llm:
+        assert llm.n_slots == 8
+    with edgellama.load(tiny_model, device="reference", n_slots=3) as llm:
+        assert llm.n_slots == 3 and len(llm.generate([[1], [2], [3], [4]], 2)) == 4

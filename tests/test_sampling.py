@@ -1,10 +1,13 @@
 """Sampling against a plain definition of each filter, and reproducibility."""
 
+import math
+
 import numpy as np
 import pytest
 
 from edgellama.errors import ConfigError, EdgellamaError
-from edgellama.sampling import Sampler, SamplingParams, draw, min_p, top_k, top_p
+from edgellama.sampling import Sampler, SamplingParams, log_softmax, top_logprobs
+from edgellama.sampling.filters import draw, min_p, top_k, top_p
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2], np.float32))
 
@@ -150,3 +153,75 @@ def test_a_bad_generation_config_names_the_key():
 
 def test_override_keeps_what_is_none():
     assert SamplingParams(top_k=7).override(temperature=0, top_k=None) == SamplingParams(temperature=0, top_k=7)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"typical_p": 0}, ValueError),
+        ({"xtc_probability": 1.5}, ValueError),
+        ({"xtc_threshold": -0.1}, ValueError),
+        ({"dry_multiplier": -1}, ValueError),
+        ({"dry_base": 0.5}, ValueError),
+        ({"dry_allowed_length": 0}, ValueError),
+        ({"dry_penalty_last_n": -2}, ValueError),
+        ({"dry_sequence_breaker_ids": "\n"}, TypeError),
+        ({"mirostat": 1}, ValueError),
+        ({"mirostat_tau": 0}, ValueError),
+        ({"repetition_penalty": 0}, ValueError),
+        ({"repetition_penalty": None}, TypeError),
+        ({"penalty_last_n": 1.0}, TypeError),
+        ({"no_repeat_ngram_size": -1}, ValueError),
+        ({"logit_bias": [1]}, TypeError),
+        ({"logit_bias": {"5": 1.0}}, TypeError),
+        ({"logit_bias": {5: float("inf")}}, ValueError),
+        ({"bad_words_ids": [5]}, TypeError),
+        ({"bad_words_ids": [[]]}, ValueError),
+        ({"bad_words_ids": [[-1]]}, ValueError),
+        ({"min_new_tokens": True}, TypeError),
+    ],
+)
+def test_the_other_values_are_checked_by_name_too(values, error):
+    with pytest.raises(error, match=next(iter(values))):
+        SamplingParams(**values)
+
+
+def test_sequences_are_kept_as_tuples():
+    params = SamplingParams(bad_words_ids=[[1, 2], [np.int64(3)]], dry_sequence_breaker_ids=[4, [5, 6]])
+    assert params.bad_words_ids == ((1, 2), (3,))
+    assert params.dry_sequence_breaker_ids == ((4,), (5, 6))
+    assert hash(params) == hash(SamplingParams(bad_words_ids=((1, 2), (3,)), dry_sequence_breaker_ids=((4,), (5, 6))))
+
+
+@pytest.mark.parametrize("do_sample", [None, True, False])
+def test_a_models_own_penalties_are_taken(do_sample):
+    raw = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "bad_words_ids": [[5], [6, 7]], "min_new_tokens": 2}
+    params = SamplingParams.from_generation_config({**raw, "do_sample": do_sample})
+    assert (params.repetition_penalty, params.no_repeat_ngram_size) == (1.1, 3)
+    assert (params.bad_words_ids, params.min_new_tokens) == (((5,), (6, 7)), 2)
+    assert params.temperature == {None: 0.8, True: 1.0, False: 0.0}[do_sample]
+
+
+def test_a_models_own_typical_p_is_an_opinion_on_sampling():
+    params = SamplingParams.from_generation_config({"typical_p": 0.9})
+    assert (params.typical_p, params.temperature, params.top_k) == (0.9, 1.0, 50)
+
+
+def test_logprobs():
+    logits = np.array([0.0, math.log(3), math.log(4)], np.float32)
+    np.testing.assert_allclose(np.exp(log_softmax(logits)), [1 / 8, 3 / 8, 4 / 8], rtol=1e-6)
+    logprob, best = top_logprobs(logits, 0, 2)
+    assert logprob == pytest.approx(math.log(1 / 8), abs=1e-6)
+    assert [index for index, _ in best] == [2, 1]
+    assert [value for _, value in best] == pytest.approx([math.log(1 / 2), math.log(3 / 8)], abs=1e-6)
+    assert top_logprobs(logits, 1, 0) == (pytest.approx(math.log(3 / 8), abs=1e-6), [])
+
+
+def test_logprobs_of_a_large_vocabulary():
+    logits = np.random.default_rng(0).normal(0, 4, 128_256).astype(np.float32)
+    exact = logits.astype(np.float64)
+    exact -= exact.max() + np.log(np.exp(exact - exact.max()).sum())
+    np.testing.assert_allclose(log_softmax(logits), exact, atol=3e-6)
+    logprob, best = top_logprobs(logits, 17, 20)
+    assert logprob == pytest.approx(exact[17], abs=1e-6)
+    assert [index for index, _ in best] == np.argsort(-exact)[:20].tolist()

@@ -6,6 +6,7 @@ knows tokens, positions and slots as numbers; it does not know text, sampling or
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +32,15 @@ class Backend(Protocol):
     def n_slots(self) -> int:
         """Sequences the cache holds."""
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether the bits of a token's keys, values and logits depend on the tokens before it only: not on what else
+        is in the call, nor on how a sequence was cut into calls. Then a cache may be reused without anyone noticing."""
+
+    @property
+    def kv_cache(self) -> str:
+        """What the cache holds: "float16", "int8" or "float32"."""
+
     def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Run a flat batch of tokens; return float32 [R, vocab_size], the logits after the tokens numbered in `rows`.
 
@@ -38,7 +48,30 @@ class Backend(Protocol):
         written there, over whatever was there. It attends to every position of its slot up to its own, those written by
         this call included: the caller sees to it that all of them have been written, and that every index is in range
         (`check_batch` proves it). `rows` (int32 [R]) ascends. Where RoPE depends on the sequence's length, that is 1 +
-        the slot's highest position in this call.
+        the slot's highest position in this call. CancelledError if another thread called `cancel`.
+        """
+
+    def hidden(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """`forward`, but for what the head would have been multiplied with: float32 [R, hidden_size], normalized by
+        the model's last norm."""
+
+    def copy_slot(self, source: int, target: int, n: int, start: int = 0) -> None:
+        """Give slot `target` the positions [start, n) of slot `source`, bit by bit; its others stay as they are."""
+
+    def read_slot(self, slot: int, n: int) -> dict[str, np.ndarray]:
+        """Copies of the first `n` positions of a slot, as `kv_cache.slot_arrays` lays them out, whatever the device."""
+
+    def write_slot(self, slot: int, data: Mapping[str, np.ndarray]) -> None:
+        """Put what `read_slot` took out into a slot, of another backend of the same model and `kv_cache` too.
+
+        ValueError where the arrays are not those, or are longer than `n_ctx`.
+        """
+
+    def cancel(self) -> None:
+        """From another thread: make the `forward` or `hidden` that runs, or else the next one, raise CancelledError.
+
+        Within one layer of one chunk of the prompt. The backend can be used afterwards; positions that the call was to
+        write are undefined.
         """
 
     def close(self) -> None:
@@ -65,6 +98,15 @@ def check_batch(
         if np.unique(places).size != n_tokens:
             raise ValueError("two tokens have the same slot and position")
     return checked_tokens, checked_positions, checked_slots, checked_rows
+
+
+def check_slots(backend: Backend, slots: tuple[int, ...], n: int, start: int = 0) -> None:
+    """ValueError unless all `slots` are there and have positions [start, n)."""
+    for slot in slots:
+        if not 0 <= slot < backend.n_slots:
+            raise ValueError(f"slot must be from 0 to {backend.n_slots - 1}, got {slot}")
+    if not 0 <= start <= n <= backend.n_ctx:
+        raise ValueError(f"positions must be from 0 to {backend.n_ctx}, got {start} to {n}")
 
 
 def _checked(name: str, value: ArrayLike, limit: int, size: int | None) -> np.ndarray:

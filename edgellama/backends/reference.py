@@ -8,13 +8,17 @@ leaves their bytes to `quant.py`. `forward` of a small model takes milliseconds,
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from edgellama import quant, rope
-from edgellama.backends import check_batch
+from edgellama.backends import check_batch, check_slots
+from edgellama.errors import CancelledError
+from edgellama.kv_cache import check_slot_arrays
 
 if TYPE_CHECKING:
     from edgellama.format import ModelFile
@@ -26,6 +30,9 @@ KEEP_BYTES = 2 << 30
 class ReferenceBackend:
     """A `Backend` with a float32 KV cache, [layers, slots, n_ctx, kv_heads, head_dim] each for keys and values."""
 
+    kv_cache = "float32"
+    batch_invariant = False  # BLAS adds up in another order for other shapes
+
     def __init__(self, model_file: ModelFile, n_ctx: int, n_slots: int = 1):
         config = model_file.config
         self.config, self.n_ctx, self.n_slots = config, n_ctx, n_slots
@@ -34,6 +41,7 @@ class ReferenceBackend:
         cache_shape = (config.num_hidden_layers, n_slots, n_ctx, config.num_key_value_heads, config.head_dim)
         self._keys: np.ndarray = np.zeros(cache_shape, np.float32)
         self._values: np.ndarray = np.zeros(cache_shape, np.float32)
+        self._cancelled = threading.Event()
 
     def close(self) -> None:
         self._kept = None
@@ -41,6 +49,11 @@ class ReferenceBackend:
 
     def forward(self, tokens: ArrayLike, positions: ArrayLike, slots: ArrayLike, rows: ArrayLike) -> np.ndarray:
         """See `Backend.forward`."""
+        h = self.hidden(tokens, positions, slots, rows)  # [R, hidden]
+        return self._linear(h, "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head")
+
+    def hidden(self, tokens: ArrayLike, positions: ArrayLike, slots: ArrayLike, rows: ArrayLike) -> np.ndarray:
+        """See `Backend.hidden`."""
         config = self.config
         tokens, positions, slots, rows = check_batch(
             tokens, positions, slots, rows, vocab_size=config.vocab_size, backend=self
@@ -70,9 +83,34 @@ class ReferenceBackend:
             gate = ACTIVATIONS[config.hidden_act](self._linear(h, f"{layer}.mlp.gate_proj"))  # [T, intermediate]
             up = self._linear(h, f"{layer}.mlp.up_proj")
             x = x + self._linear(gate * up, f"{layer}.mlp.down_proj")
+            if self._cancelled.is_set():
+                self._cancelled.clear()
+                raise CancelledError("the forward pass was cancelled; what was computed before stays in the cache")
 
-        h = self._rms_norm(x[rows], "model.norm")  # [R, hidden]
-        return self._linear(h, "model.embed_tokens" if config.tie_word_embeddings else "lm_head")
+        return self._rms_norm(x[rows], "model.norm")
+
+    def copy_slot(self, source: int, target: int, n: int, start: int = 0) -> None:
+        """See `Backend.copy_slot`."""
+        check_slots(self, (source, target), n, start)
+        for cache in (self._keys, self._values):
+            cache[:, target, start:n] = cache[:, source, start:n]
+
+    def read_slot(self, slot: int, n: int) -> dict[str, np.ndarray]:
+        """See `Backend.read_slot`."""
+        check_slots(self, (slot,), n)
+        caches = {"keys": self._keys, "values": self._values}
+        return {name: cache[:, slot, :n].swapaxes(1, 2).copy() for name, cache in caches.items()}
+
+    def write_slot(self, slot: int, data: Mapping[str, np.ndarray]) -> None:
+        """See `Backend.write_slot`."""
+        n = check_slot_arrays(self.config, self.kv_cache, self.n_ctx, data)
+        check_slots(self, (slot,), n)
+        for name, cache in (("keys", self._keys), ("values", self._values)):
+            cache[:, slot, :n] = data[name].swapaxes(1, 2)
+
+    def cancel(self) -> None:
+        """See `Backend.cancel`."""
+        self._cancelled.set()
 
     def _cos_sin(self, positions: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """float32 [T, head_dim / 2] each; every slot's sequence has a length of its own."""

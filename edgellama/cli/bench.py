@@ -25,6 +25,12 @@ def add_parser(subparsers) -> None:
     add("-d", "--n-depth", type=_numbers, default=[0], metavar="N", help="tokens already in the cache (default 0)")
     add("-b", "--batch", type=_numbers, default=[1], metavar="N", help="sequences at once (default 1)")
     add("-r", "--repetitions", type=options.positive_int, default=5, metavar="N", help="samples a test (default 5)")
+    add(
+        "--generate",
+        type=options.positive_int,
+        metavar="N",
+        help="also: what `generate` adds to N greedy tokens' passes",
+    )
     add("-t", "--threads", type=options.positive_int, metavar="T", help="default: the physical cores")
     add("--kv-cache", choices=("float16", "int8"), default="float16", help="what the cache holds (default float16)")
     options.add_json(parser, "print a list of rows")
@@ -40,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from edgellama.format import open_model
 
     tests = bench.plan(args.n_prompt, args.n_gen, args.n_depth, args.batch)
-    if not tests:
+    if not tests and not args.generate:
         args.parser.error("nothing to measure: -p and -n are both 0")
     if 0 in args.batch:
         args.parser.error("-b must be at least 1")
@@ -54,11 +60,20 @@ def run(args: argparse.Namespace) -> int:
             if not args.json:
                 _clear()
                 printer.show(test, row)
+        _clear()
+        extra = None
+        if args.generate:
+            extra = bench.run_generate(file, args.generate, args.repetitions, args.threads, args.kv_cache)
         if args.json:
-            _clear()
-            console.say_json([row.to_dict() for row in rows])
-        else:
+            console.say_json([row.to_dict() for row in rows] + ([extra.to_dict()] if extra else []))
+            return 0
+        if rows:
             console.say(f"memory: {rows[-1].bandwidth / 1e9:.1f} GB/s; peak RSS: {rows[-1].peak_rss / 2**20:.0f} MiB")
+        if extra:
+            console.say(
+                f"generate: {extra.generate_ts:.2f} t/s over {extra.n_gen} greedy tokens (bare passes: "
+                f"{extra.forward_ts:.2f}); outside the passes {extra.outside_us:.0f} us a token, {extra.overhead:.1%}"
+            )
     return 0
 
 
@@ -66,7 +81,7 @@ class _Table:
     """llama-bench's Markdown table, a row at a time."""
 
     HEADS = ("model", "size", "params", "backend", "threads", "test", "t/s", "of memory", "TTFT")
-    WIDTHS = (20, 10, 8, 7, 7, 16, 18, 9, 8)
+    WIDTHS = (20, 10, 8, 7, 7, 16, 21, 9, 8)
 
     def __init__(self, model: str, size: int, params: int):
         self._fixed = [model, f"{size / 2**30:.2f} GiB", _billions(params), "cpu"]

@@ -4,18 +4,24 @@ Text from files and models is cleaned before a terminal sees it: an untrusted fi
 """
 
 import contextlib
+import difflib
 import errno
 import json
 import os
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Callable
+import textwrap
+import unicodedata
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from edgellama.errors import EdgellamaError, FormatError
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+_LOOKS = {"dim": "2", "bold": "1", "error": "31"}
 
 
 def prepare_streams() -> None:
@@ -38,10 +44,34 @@ def _tell_unless_interrupt(event: Any) -> None:
         sys.__unraisablehook__(event)
 
 
-def note(text: str = "") -> None:
-    """One line to stderr; a closed stderr is nobody's problem."""
+def note(text: str = "", look: str = "") -> None:
+    """One line to stderr, with a `look` of `styled`; a closed stderr is nobody's problem.
+
+    On a terminal that is narrower it is broken between words.
+    """
     with contextlib.suppress(OSError, ValueError):
-        print(clean(text), file=sys.stderr, flush=True)
+        print(styled(_fitted(clean(text)), look, sys.stderr), file=sys.stderr, flush=True)
+
+
+def _fitted(line: str) -> str:
+    width = shutil.get_terminal_size().columns
+    if len(line) <= width or not is_terminal(sys.stderr):
+        return line
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+
+
+def styled(text: str, look: str, stream: IO[str]) -> str:
+    """`text` in the `look` of _LOOKS where `stream` is a terminal that knows colours, and NO_COLOR is not set."""
+    if not (text and look and has_colours(stream)):
+        return text
+    return f"\x1b[{_LOOKS[look]}m{text}\x1b[0m"
+
+
+def has_colours(stream: IO[str]) -> bool:
+    """no-color.org: any value but an empty one says no. The old Windows console would show the codes."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return is_terminal(stream) and (os.name != "nt" or "WT_SESSION" in os.environ)
 
 
 def write(text: str) -> None:
@@ -104,6 +134,16 @@ def _os_error(error: OSError) -> str:
     return f"{where}: {reason}" if where else reason
 
 
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of a line about an unknown word: the closest known one, or nothing.
+
+    >>> did_you_mean("genrate", ["generate", "convert"])
+    "; did you mean 'generate'?"
+    """
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def drop_stdout() -> None:
     """Send the rest of stdout nowhere, so that the interpreter's last flush stays quiet."""
     with contextlib.suppress(OSError, ValueError):
@@ -122,6 +162,8 @@ def is_terminal(stream: IO[str]) -> bool:
 class WordWrap:
     """Writes streamed text so that no word is broken at the terminal's edge; a word appears once it is complete.
 
+    Chinese and Japanese have no spaces: there any character may begin a line.
+
     >>> wrap = WordWrap(sys.stdout.write, width=10)
     >>> wrap.push("Once upon a time"); wrap.flush()
     Once upon
@@ -132,27 +174,38 @@ class WordWrap:
         self._write, self._width = write, width
         self._column = 0
         self._word = ""  # with the space before it
+        self._word_width = 0
 
     def push(self, text: str) -> None:
         for character in text:
-            if character in " \n":
+            wide = unicodedata.east_asian_width(character) in "WF"
+            if wide or character in " \n\t":
                 self.flush()
             if character == "\n":
                 self._write("\n")
                 self._column = 0
             else:
                 self._word += character
+                self._word_width += self._cells(character, wide)
+                if wide:
+                    self.flush()
 
     def flush(self) -> None:
         """Write the word in hand."""
-        if self._column and self._column + len(self._word) > self._width:
-            self._word = self._word.lstrip(" ")
+        if self._column and self._column + self._word_width > self._width:
+            if self._word[:1] == " ":
+                self._word, self._word_width = self._word[1:], self._word_width - 1
             self._write("\n")
             self._column = 0
-        self._column += len(self._word)
+        self._column += self._word_width
         if self._word:
             self._write(self._word)
-        self._word = ""
+        self._word, self._word_width = "", 0
+
+    def _cells(self, character: str, wide: bool) -> int:
+        if character == "\t":
+            return 8 - self._column % 8
+        return 2 if wide else int(not unicodedata.combining(character))
 
 
 def size(n_bytes: float) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from edgellama.cli import console, options
+from edgellama.cli import console, options, parameters
 from edgellama.cli.progress import GETTING_READY, Progress
 from edgellama.cli.reply import stream_reply
 from edgellama.demo import PROMPTS, checkpoint_dir
@@ -30,14 +30,14 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "-p", "--prompt", default=PROMPTS[0], metavar="TEXT", help=f'default: "{PROMPTS[0]}"; - reads stdin'
     )
-    options.add_sampling(parser, f"default: {_MAX_NEW_TOKENS}")
+    parameters.add_basic(parser, f"default: {_MAX_NEW_TOKENS}")
     options.add_runtime(parser)
     parser.add_argument("-o", "--out", metavar="OUT", help="where to write the .edgellama file")
     parser.set_defaults(run=run, parser=parser, seed=_SEED)
 
 
 def run(args: argparse.Namespace) -> int:
-    sampling = options.sampling_of(args)
+    given = {"max_new_tokens": _MAX_NEW_TOKENS, **parameters.given(args)}
     prompt = options.read_prompt(args.prompt)
     from edgellama.model import load
     from edgellama.paths import cache_dir
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     )
     begun = time.perf_counter()
     with load(out, **options.runtime_of(args)) as llm:
-        stream = llm.generate(prompt, args.max_new_tokens or _MAX_NEW_TOKENS, **sampling, stream=True)
+        stream = llm.generate(prompt, **given, stream=True)
         for remark in llm.notes:
             console.note(f"note   {remark}")
         console.note()

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         console.say_json(facts)
     else:
-        console.say(console.table(_rows(facts)))
+        console.say(console.table(rows(facts)))
     return 0
 
 
@@ -74,7 +74,7 @@ def describe(file) -> dict[str, Any]:
     }
 
 
-def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     quantization = facts["quantization"]
     scheme = " ".join(str(quantization[key]) for key in ("scheme", "method") if key in quantization)
     heads = f"{facts['attention_heads']} heads"
@@ -82,7 +82,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         heads += f" ({facts['key_value_heads']} for keys and values)"
     output = f"{facts['lm_head_bits']}-bit" + (", shared with the embedding" if facts["tie_word_embeddings"] else "")
     provenance = facts["provenance"]
-    rows = [
+    result = [
         ("file", facts["path"]),
         ("model", f"{facts['architecture']}, {console.count(facts['parameters'])} parameters"),
         ("size", f"{console.size(facts['size_bytes'])}, {facts['bits_per_weight']:.2f} bits per weight"),
@@ -104,9 +104,9 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"({console.size(1024 * facts['kv_bytes_per_token'])} per 1024)",
         ),
     ]
-    rows += [(key, _plain(value)) for key, value in provenance.items() if value and not isinstance(value, dict)]
-    rows += [("note", note) for note in facts["notes"]]
-    return rows
+    result += [(key, _plain(value)) for key, value in provenance.items() if value and not isinstance(value, dict)]
+    result += [("note", note) for note in facts["notes"]]
+    return result
 
 
 def _plain(value: object, limit: int = 68) -> str:

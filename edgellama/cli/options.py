@@ -5,16 +5,17 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from edgellama.errors import EdgellamaError
 
-if TYPE_CHECKING:
-    from edgellama.sampling import SamplingOptions
+_MAX_FILE_BYTES = 1 << 20
+_MODEL = "an .edgellama file, or a stored model's name"
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_positional", nargs="?", metavar="MODEL", help="an .edgellama file")
+def add_model(parser: argparse.ArgumentParser, what: str = _MODEL) -> None:
+    parser.add_argument("model_positional", nargs="?", metavar="MODEL", help=what)
     parser.add_argument("-m", "--model", dest="model_option", metavar="MODEL", help="the same, as an option")
 
 
@@ -22,31 +23,8 @@ def model_of(args: argparse.Namespace) -> str:
     """The one MODEL that was given. Wrong usage is the caller's `parser.error` (exit 2)."""
     given = [each for each in (args.model_positional, args.model_option) if each is not None]
     if len(given) != 1:
-        args.parser.error("give one MODEL, an .edgellama file" if not given else "MODEL was given twice")
+        args.parser.error(f"give one MODEL, {_MODEL}" if not given else "MODEL was given twice")
     return given[0]
-
-
-def add_sampling(parser: argparse.ArgumentParser, max_new_tokens_help: str) -> None:
-    parser.add_argument("-n", "--max-new-tokens", type=positive_int, metavar="N", help=max_new_tokens_help)
-    parser.add_argument("-s", "--seed", type=natural, metavar="S", help="the same seed gives the same text again")
-    parser.add_argument(
-        "--temperature", "--temp", type=number(0), metavar="T", help="0 always takes the likeliest token; 0.8 varies"
-    )
-    parser.add_argument("--top-k", type=natural, metavar="K", help="choose among the K likeliest tokens; 0 is off")
-    parser.add_argument("--top-p", type=number(0, 1), metavar="P", help="... that make up P of the probability")
-    parser.add_argument("--min-p", type=number(0, 1), metavar="P", help="... at least P times as likely as the first")
-
-
-def sampling_of(args: argparse.Namespace) -> "SamplingOptions":
-    if args.top_p == 0:
-        args.parser.error("--top-p must be above 0")
-    return {
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "seed": args.seed,
-    }
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +61,10 @@ def positive_int(text: str) -> int:
 
 def natural(text: str) -> int:
     return _int(text, 0)
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    return lambda text: _int(text, least)
 
 
 def _int(text: str, least: int) -> int:
@@ -122,6 +104,19 @@ def byte_size(text: str) -> int:
     if result < 1:
         raise argparse.ArgumentTypeError("the size must be at least one byte")
     return result
+
+
+def read_file(name: str) -> str:
+    """The text of a small file that an option names."""
+    path = Path(name).expanduser()
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise argparse.ArgumentTypeError(f"{name} has more than {_MAX_FILE_BYTES >> 20} MB")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{name} is not UTF-8 text") from None
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name}: {(error.strerror or str(error)).lower()}") from None
 
 
 def read_prompt(text: str) -> str:

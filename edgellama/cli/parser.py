@@ -1,19 +1,19 @@
 """The command line's grammar: verbs, shared options, and help for those who mistype."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import edgellama
-from edgellama.cli import bench, console, convert, demo, export, generate, info, verify
+from edgellama.cli import bench, chat, console, convert, demo, export, generate, info, list_models, rm, run, verify
 
-_VERBS = (demo, convert, generate, bench, info, verify, export)
+_VERBS = (demo, run, chat, generate, convert, list_models, rm, info, verify, export, bench)
 _DESCRIPTION = "Run Llama models on your own machine: one int4 file, from Python, on any CPU."
 _EPILOG = """\
 try it:  edgellama demo
-then:    edgellama convert meta-llama/Llama-2-7b-hf -o llama-2-7b.edgellama
+then:    edgellama run meta-llama/Llama-2-7b-chat-hf
+or:      edgellama convert meta-llama/Llama-2-7b-hf -o llama-2-7b.edgellama
          edgellama generate llama-2-7b.edgellama -p "Once upon a time"
 help:    edgellama VERB --help"""
 
@@ -45,16 +45,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.print_help(sys.stderr)
         return argparse.Namespace(run=lambda _: 2)
     if not argv[0].startswith("-") and argv[0] not in verbs:
-        parser.error(f"unknown verb {argv[0]!r}{_did_you_mean(argv[0], list(verbs))}")
+        parser.error(f"unknown verb {argv[0]!r}{console.did_you_mean(argv[0], list(verbs))}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         verb_parser = verbs[args.verb] if args.verb else parser
         known = verb_parser.options()
-        hint = _did_you_mean(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else ""
+        hint = console.did_you_mean(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else ""
         verb_parser.error(f"unknown argument {unknown[0]!r}{hint}")
     return args
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,5 +1,6 @@
 """Progress on stderr: a bar with the time left on a terminal, a line every tenth elsewhere (logs)."""
 
+import shutil
 import sys
 import time
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from edgellama.cli import console
 
 _LINES = 10
+_MARGIN = 4  # the terminal shows ^C after the bar: on its line, where it goes with the bar
 GETTING_READY = "getting ready (a few seconds more on a machine's first run)"
 
 
@@ -63,7 +65,7 @@ class Progress:
                 unit_scale=True,
                 file=sys.stderr,
                 leave=False,
-                dynamic_ncols=True,
+                ncols=max(shutil.get_terminal_size().columns - _MARGIN, 10),
                 bar_format="{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left",
             )
         self._bar.update(done - self._bar.n)

@@ -10,6 +10,7 @@ The sole owner of file bytes. `FORMAT.md` beside this file is the specification;
     validate.py                 all rules, in order (section 6)
     reader.py                   open, map, verify
     writer.py, storage.py       the atomic writer (section 7)
+    atomic.py                   the same for small files, as sessions are
     edit.py                     change metadata, keep the weights (section 8)
 """
 

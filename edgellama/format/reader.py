@@ -77,14 +77,17 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         raise
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor for reading a regular file; never waits for a pipe's other end, never touches a device."""
+def open_regular(path: Path, what: str = "an .edgellama file", maker: str = "`edgellama convert`") -> int:
+    """A descriptor for reading a regular file; never waits for a pipe's other end, never touches a device.
+
+    EdgellamaError otherwise, which says that it should have been `what`, and that `maker` makes one.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise EdgellamaError(f"{path}: is a {_kind(path)}, not an .edgellama file")
+            raise EdgellamaError(f"{path}: is a {_kind(path)}, not {what}")
         fd = os.open(path, _FLAGS)
     except FileNotFoundError:
-        raise EdgellamaError(f"{path}: there is no such file; `edgellama convert` makes one") from None
+        raise EdgellamaError(f"{path}: there is no such file; {maker} makes one") from None
     except ValueError as error:  # a NUL character in the path
         raise EdgellamaError(f"{str(path)!r}: {error}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):  # swapped in between
@@ -172,6 +175,23 @@ class ModelFile:
         if progress is not None:
             progress(prologue.data_length, prologue.data_length)
 
+    def read_ahead(self, progress: Callable[[int, int], None]) -> None:
+        """Read the whole file once, so that it is in the system's memory when the map is used.
+
+        `progress(done, total)` is told bytes, and may raise to end it. EdgellamaError: the disk fails.
+        """
+        self._open_map()
+        source = self._source
+        assert source is not None
+        try:
+            for offset in range(0, self.size, _CHUNK):
+                source.read(offset, min(_CHUNK, self.size - offset))
+                progress(min(offset + _CHUNK, self.size), self.size)
+        except FormatError as error:
+            raise at_path(error, self.path) from None
+        except OSError as error:
+            raise EdgellamaError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+
     def close(self) -> None:
         """Release the map, or leave it to the last array that still uses it. Closing twice is fine."""
         source, self._source = self._source, None
@@ -181,6 +201,11 @@ class ModelFile:
         if mapped is not None:
             with contextlib.suppress(BufferError):  # arrays exist; the last one releases it
                 mapped.close()
+
+    @property
+    def header_hash(self) -> bytes:
+        """xxh3-128 of the header, which holds the config and every tensor's hash: what sets one model from another."""
+        return self._contents.prologue.header_hash
 
     @property
     def closed(self) -> bool:

@@ -293,20 +293,20 @@ class ModelWriter:
             raise EdgellamaError(f"{self.path}: cannot be written: {error.strerror or error}{room}") from error
 
 
-def check_replaceable(destination: Path) -> None:
-    """EdgellamaError if something is there that is not an `.edgellama` file: we never overwrite anything else."""
+def check_replaceable(destination: Path, magic: bytes = MAGIC, what: str = "an .edgellama file") -> None:
+    """EdgellamaError if something is there that does not begin with `magic`: we never overwrite anything else."""
     try:
         mode = os.stat(destination).st_mode
     except FileNotFoundError:
         return
     if stat.S_ISDIR(mode):
         raise EdgellamaError(f"{destination}: is a folder; name a file to write")
-    magic = b""
+    found = b""
     if stat.S_ISREG(mode):
         with open(destination, "rb") as file:
-            magic = file.read(len(MAGIC))
-    if magic != MAGIC:
-        raise EdgellamaError(f"{destination}: exists and is not an .edgellama file; choose another name or remove it")
+            found = file.read(len(magic))
+    if found != magic:
+        raise EdgellamaError(f"{destination}: exists and is not {what}; choose another name or remove it")
 
 
 def _tile(specs: list[TensorSpec]) -> tuple[list[int], int]:

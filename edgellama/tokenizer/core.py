@@ -2,13 +2,14 @@
 
 import json
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from edgellama.errors import TokenizerError
 from edgellama.tokenizer.guard import refusing
 from edgellama.tokenizer.stream import StreamDecoder, clean_up
+from edgellama.tokenizer.token_bytes import token_bytes_function
 
 if TYPE_CHECKING:
     import tokenizers
@@ -19,7 +20,8 @@ class Tokenizer:
 
     `vocab_size`: ids the tokenizer knows, added tokens included (a model may have more rows). `bos_id`, `eos_id`: None
     if there is none. `special_ids`: those that `skip_special_tokens` leaves out. `chat_template`: Jinja source, or
-    several by name, unrendered. `kind`: "tokenizer.json" or "tokenizer.model".
+    several by name, unrendered; `special_tokens`: what it is given of them, text by role ("bos_token", ...). `kind`:
+    "tokenizer.json" or "tokenizer.model".
     """
 
     def __init__(
@@ -30,10 +32,12 @@ class Tokenizer:
         bos_id: int | None,
         eos_id: int | None,
         chat_template: str | dict[str, str] | None = None,
+        special_tokens: Mapping[str, str] | None = None,
         clean_up_spaces: bool = False,
     ):
         self._backend, self._clean_up = backend, clean_up_spaces
         self.kind, self.bos_id, self.eos_id, self.chat_template = kind, bos_id, eos_id, chat_template
+        self.special_tokens = dict(special_tokens or {})
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
@@ -80,6 +84,22 @@ class Tokenizer:
         for index in after:
             stream.push(index)
         return stream
+
+    def token_bytes(self) -> list[bytes]:
+        """For each id the bytes that it adds in the middle of a text; a special token's own, b"" for an unused id.
+
+        A character may be spread over tokens, so they need not be UTF-8. TokenizerError for a tokenizer whose text is
+        not its tokens' one after the other.
+        """
+        if self._clean_up:
+            raise TokenizerError(
+                "its tokens have no bytes of their own: clean_up_tokenization_spaces rewrites the text"
+            )
+        convert = token_bytes_function(self._decoder)
+        tokens = [b""] * (max(self._backend.get_vocab().values(), default=-1) + 1)
+        for token, index in self._backend.get_vocab().items():
+            tokens[index] = token.encode("utf-8") if index in self.special_ids else convert(token)
+        return tokens
 
     def _token_text(self, skip_special_tokens: bool, index: int) -> str | None:
         number = operator.index(index)

@@ -124,6 +124,7 @@ def _finish(
         bos_id=_id_of(backend, named, "bos_token", config.bos_token_id if config is not None else None),
         eos_id=_id_of(backend, named, "eos_token", eos_ids[0] if eos_ids else None),
         chat_template=settings.chat_template,
+        special_tokens={key: token["content"] for key, token in named.items() if token},
         clean_up_spaces=settings.clean_up_spaces and (not is_bpe or settings.clean_up_spaces_for_bpe),
     )
 

@@ -53,9 +53,9 @@ class _ByteFallback(_Step):
         self.run = bytearray()
 
     def push(self, item):
-        match = _BYTE_TOKEN.fullmatch(item)
-        if match:
-            self.run.append(int(match[1], 16))
+        byte = fallback_byte(item)
+        if byte is not None:
+            self.run.append(byte)
             return ()
         return (*self.flush(), item)
 
@@ -76,11 +76,7 @@ class _ByteLevel(_Step):
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, item):
-        try:
-            data = bytes(map(_BYTE_OF.__getitem__, item))
-        except KeyError:  # not written in the alphabet: an added token, taken as it is
-            data = item.encode("utf-8")
-        return (self.decoder.decode(data),)
+        return (self.decoder.decode(byte_level_bytes(item)),)
 
     def flush(self):
         return (self.decoder.decode(b"", final=True),)
@@ -156,6 +152,20 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_level_alphabet()
+
+
+def byte_level_bytes(token: str) -> bytes:
+    """The bytes of a token in GPT-2's alphabet; one that is not written in it, an added token, is taken as it is."""
+    try:
+        return bytes(map(_BYTE_OF.__getitem__, token))
+    except KeyError:
+        return token.encode("utf-8")
+
+
+def fallback_byte(token: str) -> int | None:
+    """0xE2 for `<0xE2>`; None for other tokens."""
+    match = _BYTE_TOKEN.fullmatch(token)
+    return int(match[1], 16) if match else None
 
 
 def decoder_steps(decoder: dict | None) -> list[_Step] | None:

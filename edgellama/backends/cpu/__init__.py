@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ...errors import CancelledError
@@ -9,7 +11,7 @@ from ...format import ModelFile
 from ...kv_cache import KVCache
 from ...quant import round_up
 from ...rope import cos_sin
-from .. import check_batch
+from .. import check_batch, check_slots
 from .jit import prepare
 from .plan import BARRIER, CANCEL, Plan
 from .program import forward
@@ -40,6 +42,8 @@ class CpuBackend:
     The bits of the logits depend on the file, the tokens and the instruction set's arithmetic only: not
     on `n_threads`, not on `prefill_chunk`, not on what shares the batch.
     """
+
+    batch_invariant = True
 
     def __init__(
         self,
@@ -75,25 +79,53 @@ class CpuBackend:
         return self._cache.kind
 
     def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """See `Backend.forward`. CancelledError if another thread called `cancel`."""
+        """See `Backend.forward`."""
+        # Whole row blocks are stored, and whole tiles of tokens where there are several: the last ones need room.
+        room = self._plan.tile_tokens if np.size(rows) > 1 else 0
+        logits = self._forward(tokens, positions, slots, rows, round_up(self.config.vocab_size, 16), room)
+        return logits[:, : self.config.vocab_size]
+
+    def hidden(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """See `Backend.hidden`."""
+        self._record["hidden_out"] = 1
+        try:
+            width = round_up(self.config.hidden_size, 128)
+            return self._forward(tokens, positions, slots, rows, width, 0)[:, : self.config.hidden_size]
+        finally:
+            self._record["hidden_out"] = 0
+
+    def _forward(self, tokens, positions, slots, rows, width: int, room: int) -> np.ndarray:
+        """float32 [R, width]: what the program stores for each wanted row; it may write `room` rows beyond."""
         tokens, positions, slots, rows = check_batch(
             tokens, positions, slots, rows, vocab_size=self.config.vocab_size, backend=self
         )
         self.prepare()
         lengths = np.zeros(self.n_slots, np.int64)
         np.maximum.at(lengths, slots, positions + 1)
-        # Whole row blocks are stored, and whole tiles of tokens where there are several: the last ones need room.
-        padded = round_up(self.config.vocab_size, 16)
-        room = self._plan.tile_tokens if len(rows) > 1 else 0
-        logits = np.empty((len(rows) + room, padded), np.float32)
+        out = np.empty((len(rows) + room, width), np.float32)
         done = 0
         for start in range(0, len(tokens), self._chunk):
             part = slice(start, min(start + self._chunk, len(tokens)))
             upto = int(np.searchsorted(rows, part.stop))
             self._load(tokens[part], positions[part], slots[part], rows[done:upto] - start, lengths)
-            self._run(logits[done:])
+            self._run(out[done:])
             done = upto
-        return logits[: len(rows), : self.config.vocab_size]
+        return out[: len(rows)]
+
+    def copy_slot(self, source: int, target: int, n: int, start: int = 0) -> None:
+        """See `Backend.copy_slot`."""
+        check_slots(self, (source, target), n, start)
+        self._cache.copy(source, target, n, start)
+
+    def read_slot(self, slot: int, n: int) -> dict[str, np.ndarray]:
+        """See `Backend.read_slot`."""
+        check_slots(self, (slot,), n)
+        return self._cache.read(slot, n)
+
+    def write_slot(self, slot: int, data: Mapping[str, np.ndarray]) -> None:
+        """See `Backend.write_slot`."""
+        check_slots(self, (slot,), 0)
+        self._cache.write(slot, data)
 
     def prepare(self) -> None:
         """Compile the kernels, or load them from the cache; the first `forward` does it otherwise.
@@ -116,8 +148,8 @@ class CpuBackend:
             self._cos[here], self._sin[here] = cos_sin(self.config, positions[here], int(lengths[slot]))
         self._record["n_tokens"], self._record["n_rows"] = n, len(rows)
 
-    def _run(self, logits: np.ndarray) -> None:
-        self._record["logits"], self._record["logits_stride"] = logits.ctypes.data, logits.strides[0]
+    def _run(self, out: np.ndarray) -> None:
+        self._record["logits"], self._record["logits_stride"] = out.ctypes.data, out.strides[0]
         self._barriers_before = self._barriers_passed()
         control = self._plan.control
         try:

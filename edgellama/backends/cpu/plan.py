@@ -46,7 +46,7 @@ PLAN = _record(
     **_int64s("x x_stride qkv qkv_stride k_column v_column attention attention_stride mlp mlp_stride"),
     **_int64s("scratch scratch_stride normed up lengths queries states split_states pass_scratch control final_norm"),
     **_int64s("piece_tokens few_states splits_done"),
-    **_int64s("n_tokens tokens positions slots n_rows rows cos sin logits logits_stride"),
+    **_int64s("n_tokens tokens positions slots n_rows rows cos sin logits logits_stride hidden_out"),
     embed=MATRIX,
     head=MATRIX,
     eps=np.float32,

@@ -21,7 +21,7 @@ from .vector_ops import embed, gate, pack_row, pack_row_f32, rms_norm
 
 @entry_point
 def forward(plans, layers, packs, rank):
-    """Tokens in, logits of the wanted rows out; False if cancelled.
+    """Tokens in, logits (or hidden states) of the wanted rows out; False if cancelled.
 
     plans: PLAN[1], layers: LAYER[n_layers], packs: PACK[2, n_threads + 2]; see `plan`. Rank 0 is back when nobody reads
     the tables any more, but for DECISION where the result is False.
@@ -78,7 +78,10 @@ def forward(plans, layers, packs, rank):
     if rank == 0:
         atomic_store(for_call, 0)
     if n_rows > 0:
-        logits_of_rows(p, for_call + work, packs, rank, scratch)
+        if p.hidden_out != 0:
+            hidden_of_rows(p, for_call + work)
+        else:
+            logits_of_rows(p, for_call + work, packs, rank, scratch)
     return True
 
 
@@ -178,4 +181,16 @@ def logits_of_rows(p, counter, packs, rank, scratch):
             break
     barrier(p.control + BARRIER * LINE, p.n_threads)
     multiply(counter + p.n_threads * LINE, p.n_threads, rank, p.head, pack, p.n_rows, p.logits, p.logits_stride, 0)
+    barrier(p.control + BARRIER * LINE, p.n_threads)
+
+
+@kernel
+def hidden_of_rows(p, counter):
+    """norm(x) of the wanted rows, to where logits go."""
+    while True:
+        row = fetch_add(counter, 1)
+        if row >= p.n_rows:
+            break
+        x = p.x + int64(load_i32(p.rows + 4 * row)) * p.x_stride
+        rms_norm(x, p.final_norm, p.hidden_size, p.x_stride // 4, p.eps, p.logits + row * p.logits_stride)
     barrier(p.control + BARRIER * LINE, p.n_threads)

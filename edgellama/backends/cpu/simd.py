@@ -72,13 +72,6 @@ def emit_store(builder, value, address, align: int) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
-def emit_prefetch(builder, address) -> None:
-    """Ask for the cache line at an address, which may be no memory at all; nothing waits."""
-    read, keep, data = I32(0), I32(3), I32(1)
-    pointer = builder.inttoptr(address, I8.as_pointer())
-    emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, read, keep, data])
-
-
 def emit_offset(builder, address, *terms):
     """address + the sum of terms, each an int, an IR value, or a (value, int) product."""
     for term in terms:

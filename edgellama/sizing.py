@@ -1,0 +1,67 @@
+"""How many positions and sequences the KV cache gets: what the model can, cut to what memory allows.
+
+The cache's memory is reserved at once and becomes resident as it is written, slot by slot; what is promised here would
+fit even with every slot full. Knows numbers of bytes only.
+"""
+
+from edgellama.config import LlamaConfig
+from edgellama.errors import ContextError
+from edgellama.kv_cache import bytes_per_position
+
+DEFAULT_SLOTS = 8
+_MIN_CTX = 512  # a context worth having: not cut below it however little memory there seems to be
+_SLACK_BYTES = 256 << 20  # left for Python, NumPy and activations
+
+
+def kv_bytes_per_token(config: LlamaConfig, kv_cache: str = "float16") -> int:
+    """Bytes of KV cache that one position takes; "float32" is the reference's."""
+    return bytes_per_position(config) * 2 if kv_cache == "float32" else bytes_per_position(config, kv_cache)
+
+
+def choose_n_ctx(
+    config: LlamaConfig,
+    asked: int | None,
+    weight_bytes: int,
+    free_bytes: int | None,
+    kv_cache: str = "float16",
+    n_slots: int = 1,
+) -> tuple[int, list[str]]:
+    """The number of positions to keep for each of `n_slots` sequences, and what the user should know about it.
+
+    `free_bytes` None: unknown, no cut. An explicit `asked` is obeyed, or refused with ContextError where it
+    cannot fit at all.
+    """
+    limit = config.max_position_embeddings
+    per_token = kv_bytes_per_token(config, kv_cache) * n_slots
+    each = f" for each of {n_slots} sequences" if n_slots > 1 else ""
+    fits = None
+    if free_bytes is not None:
+        fits = max(_MIN_CTX, _for_cache(weight_bytes, free_bytes) // per_token)
+    if asked is not None:
+        if free_bytes is not None and asked * per_token > free_bytes and asked > _MIN_CTX:
+            raise ContextError(
+                f"n_ctx {asked}{each} needs {asked * per_token / 1e9:.1f} GB of KV cache, "
+                f"{free_bytes / 1e9:.1f} GB of memory are free; about {min(limit, fits or limit)} fit"
+            )
+        if asked > limit:
+            return asked, [f"context {asked} is beyond the model's {limit} positions; the end of it may be poor"]
+        return asked, []
+    if fits is not None and fits < limit:
+        fits = fits // 256 * 256
+        return fits, [f"context cut from the model's {limit} to {fits} tokens{each}, which is what memory allows"]
+    return limit, []
+
+
+def choose_n_slots(
+    config: LlamaConfig, n_ctx: int, weight_bytes: int, free_bytes: int | None, kv_cache: str = "float16"
+) -> int:
+    """How many sequences of `n_ctx` positions to keep: `DEFAULT_SLOTS`, or as many as fit into memory, at least one."""
+    if free_bytes is None:
+        return 1
+    fits = _for_cache(weight_bytes, free_bytes) // (kv_bytes_per_token(config, kv_cache) * n_ctx)
+    return min(DEFAULT_SLOTS, max(1, fits))
+
+
+def _for_cache(weight_bytes: int, free_bytes: int) -> int:
+    """Three quarters of what is left beside the weights: the user's other programs live here too."""
+    return (free_bytes - weight_bytes - _SLACK_BYTES) * 3 // 4
