@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgellama.errors import EdgellamaError
+from edgellama.errors import EdgellamaError, TokenizerError
+from edgellama.logprob import token_logprobs
 from edgellama.rope import depends_on_length
 
 if TYPE_CHECKING:
@@ -64,11 +65,18 @@ class Perplexity:
         return asdict(self)
 
 
-def encode_text(tokenizer: Tokenizer, text: str) -> tuple[list[int], int | None]:
-    """(ids of `text` alone, the BOS id that the model's texts begin with, or None)."""
+def encode_text(tokenizer: Tokenizer, text: str, vocab_size: int) -> tuple[list[int], int | None]:
+    """(ids of `text` alone, the BOS id that the model's texts begin with, or None).
+
+    TokenizerError for an id that the model does not have.
+    """
     begins = tokenizer.encode("", add_special_tokens=True)[:1]
     bos = tokenizer.bos_id if begins == [tokenizer.bos_id] else None
-    return tokenizer.encode(text, add_special_tokens=False), bos
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    highest = max([*ids, bos or 0])
+    if highest >= vocab_size:
+        raise TokenizerError(f"the tokenizer does not fit the model: id {highest}, but only {vocab_size} tokens")
+    return ids, bos
 
 
 def chunks(ids: Sequence[int], bos: int | None, ctx: int = DEFAULT_CTX) -> list[Window]:
@@ -122,8 +130,6 @@ def measure(
             progress(i + 1, len(windows))
     llm.reset()
     every = np.concatenate(losses)
-    if not np.isfinite(every).all():
-        raise EdgellamaError("the model's logits are not all numbers; verify the file, or convert it again")
     error = float(every.std(ddof=1) / math.sqrt(every.size)) if every.size > 1 else 0.0
     return float(every.mean()), error, every.size
 
@@ -137,14 +143,7 @@ def _losses(llm: Llama, window: Window, call: int) -> Iterator[np.ndarray]:
         logits = llm.forward(tokens[start:stop], logits_to_keep=max(stop - first, 1))
         targets = tokens[first + 1 : stop + 1]  # after the last token of all there is none
         for at in range(0, len(targets), _ROWS):
-            yield token_losses(logits[at : min(at + _ROWS, len(targets))], targets[at : at + _ROWS])
-
-
-def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-log softmax(logits)[target]: float64 [R] of logits [R, vocab_size] and ids [R]."""
-    wide = logits.astype(np.float64)
-    top = wide.max(axis=1)
-    return top + np.log(np.exp(wide - top[:, None]).sum(axis=1)) - np.take_along_axis(wide, targets[:, None], axis=1)[:, 0]
+            yield -token_logprobs(logits[at : min(at + _ROWS, len(targets))], targets[at : at + _ROWS])
 
 
 def perplexity(
@@ -164,7 +163,7 @@ def perplexity(
     >>> with edgellama.load("m.edgellama", n_ctx=512) as llm:
     ...     print(perplexity(llm, Path("book.txt").read_text()).perplexity)
     """
-    ids, bos = encode_text(llm.tokenizer, text)
+    ids, bos = encode_text(llm.tokenizer, text, llm.config.vocab_size)
     windows = chunks(ids, bos, ctx) if stride is None else strided(ids, bos, ctx, stride)
     windows = windows[:max_windows]
     nll, error, tokens = measure(llm, windows, progress=progress)

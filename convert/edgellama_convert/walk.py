@@ -21,12 +21,13 @@ from edgellama.quant import ROW_BLOCK
 from edgellama.rope import cos_sin
 
 from .checkpoint import row_slabs
-from .float_kernels import Panels, matmul
+from .float_kernels import Panels, exp, matmul
 from .pipeline import TensorError
 from .weights import Rows, Weights
 
 SLAB_WEIGHTS = 2 << 20
-"""Weights of each model that are read at a time."""
+"""Weights of each model that are read at a time, at most; a slab never has more than SLAB_ROWS rows."""
+SLAB_ROWS = 768
 _CHUNK_ROWS = 3 * ROW_BLOCK  # what a thread turns into float32 and multiplies at a time
 
 OnWeights = Callable[[int], None]
@@ -57,12 +58,18 @@ class Stream:
 class Walk:
     """Streams of models of one shape, the layers' work shared among threads. A context manager.
 
-    `errors`: name of a matrix -> how far the second model's is from the first's, of those that were met, where there are
-    two. `on_weights(n)` is called in the caller's thread after n weights (of each model) were used.
+    `errors`: with `compare`, name of a matrix -> how far the second model's is from the first's, of those that were met.
+    `on_weights(n)` is called in the caller's thread after n weights (of each model) were used.
     """
 
-    def __init__(self, streams: Sequence[Stream], n_threads: int, on_weights: OnWeights = lambda n: None):
-        self.streams, self.config, self._on_weights = streams, streams[0].config, on_weights
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        n_threads: int,
+        on_weights: OnWeights = lambda n: None,
+        compare: bool = False,
+    ):
+        self.streams, self.config, self._on_weights, self._compare = streams, streams[0].config, on_weights, compare
         self.errors: dict[str, TensorError] = {}
         self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="walk")
 
@@ -91,9 +98,10 @@ class Walk:
 
         inputs = self._norms(f"model.layers.{i}.post_attention_layernorm")
         gated = self._linear(f"{mlp}.gate_proj", inputs)
+        activation = _silu if self.config.hidden_act == "silu" else ACTIVATIONS[self.config.hidden_act]
         for gate in gated:
             for first, last in row_slabs(len(gate), 256):
-                gate[first:last] = ACTIVATIONS[self.config.hidden_act](gate[first:last])
+                gate[first:last] = activation(gate[first:last])
         for first, last, products in self.products(f"{mlp}.up_proj", inputs):
             for gate, up in zip(gated, products, strict=True):
                 gate[first:last] *= up
@@ -129,8 +137,8 @@ class Walk:
         n_rows, in_features = models[0].shape(name)
         panels = [Panels(x) for x in inputs]
         biases = [model.vector(f"{name}.bias") for model in models]
-        squares = np.zeros((n_rows, 2)) if len(models) == 2 and name not in self.errors else None
-        slab = max(1, SLAB_WEIGHTS // (_CHUNK_ROWS * in_features)) * _CHUNK_ROWS
+        squares = np.zeros((n_rows, 2)) if self._compare else None
+        slab = max(_CHUNK_ROWS, min(SLAB_WEIGHTS // in_features, SLAB_ROWS) // _CHUNK_ROWS * _CHUNK_ROWS)
         running: tuple[int, int, list[Future[list[np.ndarray]]]] | None = None
         for first, last in row_slabs(n_rows, slab):
             read = [model.rows(name, first, last) for model in models]
@@ -210,6 +218,10 @@ def _attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     head_dim, length = q.shape
     scores = matmul(k.T, q) * np.float32(head_dim**-0.5)  # [keys, queries]
     scores[np.tri(length, k=-1, dtype=bool)] = -np.inf  # the future: keys below the diagonal
-    weights = np.exp(scores - scores.max(axis=0))
+    weights = exp(scores - scores.max(axis=0))
     weights /= weights.sum(axis=0)
     return matmul(v, weights)
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + exp(-x))

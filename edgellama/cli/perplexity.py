@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from edgellama.model import load
     from edgellama.perplexity import perplexity
 
-    with load(args.model_positional, args.device, args.ctx, args.threads, args.kv_cache) as llm:
+    with load(args.model_positional, args.device, args.ctx, args.threads, args.kv_cache, n_slots=1) as llm:
         if not args.quiet:
             for remark in llm.notes:
                 console.note(f"note: {remark}")
