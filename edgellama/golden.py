@@ -1,8 +1,9 @@
 """Golden vectors: what a model must answer, stored in its file when it is made, checked on any device ever after.
 
-Token ids of awkward texts and one rendered chat, which must be equal; and next-token distributions after a short prompt,
-computed in float32 from the stored weights, which a device must come close to. A tokenizer library that changed, a
-template run differently, a kernel that is wrong on this machine: `verify` tells them apart from a damaged file.
+Token ids of awkward texts and one rendered chat, which must be equal; and next-token distributions after a short
+prompt, computed in float32 from the stored weights, which a device must come close to. A tokenizer library that
+changed, a template run differently, a kernel that is wrong on this machine: `verify` tells them apart from a damaged
+file.
 
 Distributions are kept as the TOP likeliest ids with their log-probabilities. What is compared is the KL divergence with
 all other ids taken together as one, which is at most the divergence of the whole distributions; so a bar for that one
@@ -17,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import xxhash
@@ -76,7 +77,7 @@ MESSAGES = (
     {"role": "assistant", "content": "Paris."},
     {"role": "user", "content": "  And of Peru? "},
 )
-_VARIABLES = {"date_string": "01 Jan 2026"}
+_DATE = "01 Jan 2026"
 _PROMPT = (
     "The first snow fell in the night, and in the morning the whole street was quiet. Two children pulled a sledge up"
 )
@@ -129,10 +130,10 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> str |
     if tokenizer.chat_template is None:
         return None
     try:
-        template = template_of(SimpleNamespace(tokenizer=tokenizer))  # type: ignore[arg-type]  # asks for no more
+        template = template_of(SimpleNamespace(tokenizer=tokenizer))  # it asks for no more of a model
         if "strftime_now" in template.source and "date_string" not in template.source:
             return None
-        return template.render([dict(message) for message in messages], add_generation_prompt=True, **_VARIABLES)
+        return template.render([dict(message) for message in messages], add_generation_prompt=True, date_string=_DATE)
     except ChatTemplateError:
         return None
 
@@ -259,5 +260,5 @@ def _member(item: object, key: str, where: str, kind: type = str) -> Any:
     return value
 
 
-def _refuse(field: str, problem: str) -> Any:
+def _refuse(field: str, problem: str) -> NoReturn:
     raise FormatError(f"receipt.golden.{field}", None, problem)

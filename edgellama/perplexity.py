@@ -2,14 +2,15 @@
 
 Perplexity depends on how a text is cut, so figures compare only where the windows are the same. Two ways are common:
 
-- llama.cpp (`llama-perplexity`): chunks of `ctx` tokens, one after the other; of each the second half is scored, so that
-  every scored token has at least ctx / 2 before it. BOS, if the model's texts begin with it, replaces the first token of
-  every chunk. What is left at the end counts for nothing.
-- Hugging Face ("Perplexity of fixed-length models"): windows of `ctx` tokens that begin `stride` tokens apart; each scores
-  what no window before it has. Every token but the first is scored, and each counts the same (the page's own snippet
-  weighs the last window by a token too few).
+- llama.cpp (`llama-perplexity`): chunks of `ctx` tokens, one after the other; of each the second half is scored, so
+  that every scored token has at least ctx / 2 before it. BOS, if the model's texts begin with it, replaces the first
+  token of every chunk. What is left at the end counts for nothing.
+- Hugging Face ("Perplexity of fixed-length models"): windows of `ctx` tokens that begin `stride` tokens apart; each
+  scores what no window before it has. Where windows overlap, every token but the first is scored, and each counts the
+  same (the page's own snippet weighs each window by a token too few, which shows on short texts).
 
-Knows ids and logits, not files. The forward pass is a loaded model's: what is measured is the model as its device runs it.
+Knows ids and logits, not files. The forward pass is a loaded model's: what is measured is the model as its device
+runs it.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def chunks(ids: Sequence[int], bos: int | None, ctx: int = DEFAULT_CTX) -> list[
     tokens = np.array(ids if bos is None else [bos, *ids], np.int32)
     n = len(tokens) // ctx
     if n == 0:
-        raise EdgellamaError(f"the text has {len(tokens)} tokens, fewer than one window of {ctx}; choose a smaller --ctx")
+        raise EdgellamaError(
+            f"the text has {len(tokens)} tokens, fewer than one window of {ctx}; choose a smaller --ctx"
+        )
     parts = tokens[: n * ctx].reshape(n, ctx).copy()
     if bos is not None:
         parts[:, 0] = bos
@@ -122,7 +125,7 @@ def measure(
     """
     # Where RoPE follows the length of a call, a window is one call, as in transformers.
     call = max(len(window.tokens) for window in windows) if depends_on_length(llm.config) else _CALL
-    losses = []
+    losses: list[np.ndarray] = []
     for i, window in enumerate(windows):
         llm.reset()
         losses += _losses(llm, window, call)

@@ -58,6 +58,10 @@ class Comparison:
         return asdict(self)
 
 
+class NotFinite(ConvertError):
+    """Weights that are numbers, and logits that are not."""
+
+
 class Divergence:
     """Sums over the vocabulary, a slab of ids at a time, for R scored tokens; then figures for each of them.
 
@@ -128,6 +132,7 @@ class Prompt:
     rows: int
 
 
+@np.errstate(over="ignore", invalid="ignore")  # that figures are not finite is seen at the end
 def measure(
     source: Weights,
     model: Weights,
@@ -159,7 +164,7 @@ def measure(
         errors = errors or {name: error.relative_rms for name, error in walk.errors.items()}
     kl, same, source_nll, nll = (np.concatenate(each) for each in zip(*figures, strict=True))
     if not (np.isfinite(kl).all() and np.isfinite(nll).all() and np.isfinite(source_nll).all()):
-        raise ConvertError("the logits are not all finite: the weights of the model or of its source are damaged")
+        raise NotFinite("the logits are not all finite: the weights of the model or of its source are damaged")
     sums = np.sum(squares, axis=0)
     comparison = Comparison(
         kl_mean=float(kl.mean()),
@@ -186,9 +191,7 @@ def _through_the_layers(walk: Walk) -> Iterator[tuple[float, float]]:
         yield tuple(float(np.square(x, dtype=np.float64).sum(axis=0).sum()) for x in (difference, a.x))  # type: ignore
 
 
-def _at_the_head(
-    walk: Walk, windows: Sequence[Window], prompt: Prompt | None
-) -> tuple[Divergence, np.ndarray | None]:
+def _at_the_head(walk: Walk, windows: Sequence[Window], prompt: Prompt | None) -> tuple[Divergence, np.ndarray | None]:
     starts = np.cumsum([0] + [len(window.tokens) for window in windows])
     columns = np.concatenate(
         [start + np.arange(w.first - 1, len(w.tokens) - 1) for start, w in zip(starts, windows, strict=False)]
@@ -206,8 +209,9 @@ def _at_the_head(
     return divergence, logits
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def prompt_logits(model: Weights, prompt: Prompt, n_threads: int, progress: Progress | None = None) -> np.ndarray:
-    """float32 [rows, vocab_size]: the logits after the last tokens of a prompt, where there is no text to measure on."""
+    """float32 [rows, vocab_size]: logits after the last tokens of a prompt, where there is no text to measure on."""
     tally = _Tally(model, 1, progress)
     logits = np.empty((prompt.rows, model.config.vocab_size), np.float32)
     with Walk([Stream(model, [prompt.tokens])], n_threads, tally.add) as walk:
@@ -264,7 +268,9 @@ def compare(
         if tokenizer is not None and encode_text(tokenizer, text, vocab_size) != (ids, bos):
             raise ConvertError(f"the tokenizers of {model} and {source} read the text differently: nothing to compare")
         windows = chunks(ids, bos, ctx)[:max_windows]
-        return measure(theirs, StoredWeights.of_file(file), windows, n_threads or default_threads(), progress=progress)[0]
+        return measure(theirs, StoredWeights.of_file(file), windows, n_threads or default_threads(), progress=progress)[
+            0
+        ]
 
 
 def _open_source(

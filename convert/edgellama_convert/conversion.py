@@ -75,8 +75,8 @@ def convert(
 
     method: "rtn" or "search". lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that the process may
     hold (RSS without pages of mapped files). progress(done, total) counts weights. receipt: measure the result against
-    the source and keep the figures in the file; receipt_progress(done, total) tells how far that is. Raises ConvertError,
-    ConfigError or TokenizerError; the destination is then what it was before, or absent.
+    the source and keep the figures in the file; receipt_progress(done, total) tells how far that is. Raises
+    ConvertError, ConfigError or TokenizerError; the destination is then what it was before, or absent.
     """
     started = time.perf_counter()
     n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)

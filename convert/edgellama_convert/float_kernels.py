@@ -94,7 +94,9 @@ class Panels:
         n, depth, _ = self._data.shape
         assert w.dtype == np.float32 and w.shape[1] == depth and w.strides[1] == 4
         out = np.zeros((len(w), n * PANEL), np.float32)
-        _multiply(w.ctypes.data, len(w), w.strides[0], self._data.ctypes.data, n, depth, out.ctypes.data, out.strides[0])
+        _multiply(
+            w.ctypes.data, len(w), w.strides[0], self._data.ctypes.data, n, depth, out.ctypes.data, out.strides[0]
+        )
         return out[:, : self.tokens]
 
 

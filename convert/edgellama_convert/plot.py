@@ -33,7 +33,8 @@ def draw(comparison: Comparison, path: str | os.PathLike[str], title: str) -> No
     for name, points in weights_by_kind(comparison).items():
         weights.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=3, label=name)
     weights.set_ylabel("weights")
-    weights.legend(fontsize="small", ncols=4)
+    if comparison.tensor_errors:
+        weights.legend(fontsize="small", ncols=4)
     activations.plot(range(len(comparison.layer_errors)), comparison.layer_errors, marker="o", markersize=3, color="k")
     activations.set_ylabel("activations behind it")
     activations.set_xlabel("layer")
@@ -41,7 +42,7 @@ def draw(comparison: Comparison, path: str | os.PathLike[str], title: str) -> No
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.suptitle(
-        f"{title}: relative rms error by layer\nKL {comparison.kl_mean:.4g}, same best token {comparison.top1:.1%}, "
+        f"{title}: relative rms error by layer\nKL {comparison.kl_mean:.4g}, top-1 agreement {comparison.top1:.1%}, "
         f"perplexity {comparison.perplexity:.4g} (source {comparison.source_perplexity:.4g})",
         fontsize="medium",
     )

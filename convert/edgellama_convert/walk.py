@@ -58,7 +58,7 @@ class Stream:
 class Walk:
     """Streams of models of one shape, the layers' work shared among threads. A context manager.
 
-    `errors`: with `compare`, name of a matrix -> how far the second model's is from the first's, of those that were met.
+    `errors`: with `compare`, name of a matrix -> how far the second model's is from the first's, of those met so far.
     `on_weights(n)` is called in the caller's thread after n weights (of each model) were used.
     """
 
@@ -143,7 +143,9 @@ class Walk:
         for first, last in row_slabs(n_rows, slab):
             read = [model.rows(name, first, last) for model in models]
             jobs = [
-                self._pool.submit(_multiply, read, panels, start, stop, None if squares is None else squares[first:last])
+                self._pool.submit(
+                    _multiply, read, panels, start, stop, None if squares is None else squares[first:last]
+                )
                 for start, stop in row_slabs(last - first, _CHUNK_ROWS)
             ]
             if running is not None:
@@ -213,6 +215,7 @@ def _rotate(x: np.ndarray, stream: Stream, config: LlamaConfig) -> None:
         head[1] = b * stream.cos + a * stream.sin
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     """One head of one sequence, q, k, v [head_dim, T] -> [head_dim, T]: each position mixes those up to its own."""
     head_dim, length = q.shape

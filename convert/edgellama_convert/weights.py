@@ -8,6 +8,7 @@ float32 by any thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -44,7 +45,7 @@ class Weights(Protocol):
 
 
 class CheckpointWeights:
-    """The weights of a Hugging Face checkpoint; ConvertError names a tensor that the config demands and is not there."""
+    """The weights of a Hugging Face checkpoint; ConvertError names a tensor that the config demands but is missing."""
 
     def __init__(self, config: LlamaConfig, checkpoint: Checkpoint, plan: Plan | None = None):
         self.config, self._checkpoint = config, checkpoint
@@ -99,40 +100,40 @@ class StoredWeights:
 
     def rows(self, name: str, first: int, last: int) -> Rows:
         spec = self._specs[self._matrix(name)]
-        in_features = spec.shape[1]
         if spec.layout == "f16":
-            halves = self._stored(spec.name, first, last)
-
-            def convert(start: int, stop: int) -> np.ndarray:
-                out = row_buffer(stop - start, in_features)
-                out[...] = halves[start:stop]
-                return out
-
-            return convert
+            return partial(_plain, self._stored(spec.name, first, last))
         blocks = first // ROW_BLOCK, -(-last // ROW_BLOCK)
         stored = self._stored(spec.name, *blocks)
         if spec.layout == "f16.r16":
-
-            def convert(start: int, stop: int) -> np.ndarray:
-                out = row_buffer(stop - start, in_features)
-                mine = stored[start // ROW_BLOCK : -(-stop // ROW_BLOCK), :in_features]
-                out[...] = mine.transpose(0, 2, 1).reshape(-1, in_features)[: stop - start]
-                return out
-
-            return convert
-        scales = self._stored(f"{name}.scales", *blocks)
-
-        def convert(start: int, stop: int) -> np.ndarray:
-            mine = slice(start // ROW_BLOCK, -(-stop // ROW_BLOCK))
-            out = row_buffer(stored[mine].shape[0] * ROW_BLOCK, stored.shape[1] * GROUP_SIZE)
-            unpack(stored[mine], scales[mine], out)
-            return out[: stop - start, :in_features]
-
-        return convert
+            return partial(_blocked, stored, spec.shape[1])
+        return partial(_quantized, stored, self._stored(f"{name}.scales", *blocks), spec.shape[1])
 
     def vector(self, name: str) -> np.ndarray | None:
         spec = self._specs.get(name)
         return None if spec is None else np.array(self._stored(name, 0, spec.shape[0]))
+
+
+def _plain(halves: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """`Rows` of the f16 layout."""
+    out = row_buffer(stop - start, halves.shape[1])
+    out[...] = halves[start:stop]
+    return out
+
+
+def _blocked(stored: np.ndarray, in_features: int, start: int, stop: int) -> np.ndarray:
+    """`Rows` of the f16.r16 layout."""
+    out = row_buffer(stop - start, in_features)
+    blocks = stored[start // ROW_BLOCK : -(-stop // ROW_BLOCK), :in_features]
+    out[...] = blocks.transpose(0, 2, 1).reshape(-1, in_features)[: stop - start]
+    return out
+
+
+def _quantized(packed: np.ndarray, scales: np.ndarray, in_features: int, start: int, stop: int) -> np.ndarray:
+    """`Rows` of the int4.g128 and int8.g128 layouts."""
+    blocks = slice(start // ROW_BLOCK, -(-stop // ROW_BLOCK))
+    out = row_buffer(packed[blocks].shape[0] * ROW_BLOCK, packed.shape[1] * GROUP_SIZE)
+    unpack(packed[blocks], scales[blocks], out)
+    return out[: stop - start, :in_features]
 
 
 def check_same_model(a: LlamaConfig, b: LlamaConfig, what_a: str, what_b: str) -> None:

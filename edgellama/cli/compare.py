@@ -5,9 +5,9 @@ import argparse
 from edgellama.cli import console, options
 from edgellama.cli.progress import GETTING_READY, Progress
 
-_DESCRIPTION = "Measure how far a model is from its source on a text: KL divergence, best tokens, perplexity, weights."
+_DESCRIPTION = "Measure how far a model is from its source: KL divergence, top-1, perplexity."
 _EPILOG = """\
-example: edgellama compare llama-2-7b.edgellama meta-llama/Llama-2-7b-hf book.txt
+example: edgellama compare my-llama.edgellama ./my-llama book.txt
 
 SOURCE is a checkpoint folder, a hub id or another .edgellama file of the same
 model. Both are computed in float32, layer by layer, in bounded memory; what
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         console.table(
             [
                 ("KL divergence", f"{result.kl_mean:.4g} nats a token; 1 % of tokens above {result.kl_p99:.4g}"),
-                ("same best token", f"{result.top1:.1%}"),
+                ("top-1 agreement", f"{result.top1:.1%}"),
                 ("perplexity", f"{result.perplexity:.4f} (source {result.source_perplexity:.4f})"),
                 ("scored", f"{result.tokens} tokens of {result.windows} windows of {result.ctx}"),
                 ("after the layers", f"{result.layer_errors[-1]:.1%} relative rms error"),

@@ -116,7 +116,7 @@ def quality_line(quality: Mapping[str, Any]) -> str:
 
     return (
         f"KL {number('kl_mean')} to the source (1 % of tokens above {number('kl_p99')}), "
-        f"same best token {number('top1', '{:.0%}')}, "
+        f"top-1 agreement {number('top1', '{:.1%}')}, "
         f"perplexity {number('perplexity')} (source {number('source_perplexity')})"
     )
 

@@ -12,8 +12,8 @@ _DESCRIPTION = "Check a file's structure, the hash of every tensor, and its gold
 _EPILOG = """\
 example: edgellama verify llama-2-7b.edgellama
 
-Golden vectors were stored when the file was made: token ids of awkward texts, a
-rendered chat, logits of a short prompt. The model is run on --device to compare.
+Golden vectors were stored when the file was made: token ids of awkward texts,
+a rendered chat, logits of a short prompt. The model runs on --device for it.
 
 Exit code 0: every byte is what was written, and the device computes what it
 should. 1: one line names what is not."""
