@@ -24,7 +24,12 @@ def inverse_frequencies(config: LlamaConfig, seq_len: int) -> tuple[np.ndarray, 
     Types `dynamic` and `longrope` depend on `seq_len`, the highest position of the call + 1, as in transformers when a
     sequence is computed in one call. (transformers remembers its longest call so far; this function has no memory.)
     """
-    return _cached(config, seq_len if config.rope.rope_type in DEPEND_ON_LENGTH else 0)
+    return _cached(config, seq_len if depends_on_length(config) else 0)
+
+
+def depends_on_length(config: LlamaConfig) -> bool:
+    """Whether the frequencies follow the length of a call: then it matters how a sequence is cut into calls."""
+    return config.rope.rope_type in DEPEND_ON_LENGTH
 
 
 def length_class(config: LlamaConfig, seq_len: int) -> int:

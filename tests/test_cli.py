@@ -22,7 +22,21 @@ from edgellama.generate import Generation, Timings
 from fakes import fake_llama
 
 COMMAND = [sys.executable, "-m", "edgellama"]
-VERBS = ["convert", "generate", "chat", "run", "list", "rm", "info", "verify", "export", "demo", "bench"]
+VERBS = [
+    "convert",
+    "generate",
+    "chat",
+    "run",
+    "list",
+    "rm",
+    "info",
+    "verify",
+    "export",
+    "demo",
+    "bench",
+    "perplexity",
+    "compare",
+]
 
 
 @pytest.fixture

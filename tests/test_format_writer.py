@@ -396,3 +396,25 @@ def test_systems_without_locks(tmp_path, monkeypatch, system):
     write_file(path, seed=1)
     assert path.read_bytes() != old
     assert set(os.listdir(tmp_path)) <= {"m.edgellama", fresh.name, stale.name}
+
+
+def test_what_was_written_can_be_read_before_it_is_published(tmp_path):
+    whole = write_file(tmp_path / "a.edgellama").read_bytes()
+    with ModelWriter(tmp_path / "b.edgellama", CONFIG, lm_head_bits=8, method="rtn") as writer:
+        for spec in writer.specs:
+            with pytest.raises(ValueError, match="was not written yet"):
+                writer.read(spec.name, 0, 1)
+            writer.write(spec.name, tensor_bytes(spec))
+            stored = writer.read(spec.name, 0, len(tensor_bytes(spec)))
+            np.testing.assert_array_equal(stored, tensor_bytes(spec))
+        for spec in writer.specs:
+            array = tensor_bytes(spec)
+            half = len(array) // 2
+            np.testing.assert_array_equal(writer.read(spec.name, half, len(array)), array[half:])
+            assert writer.read(spec.name, half, half).shape == (0, *array.shape[1:])
+            with pytest.raises(ValueError, match=r"is not within its"):
+                writer.read(spec.name, 0, len(array) + 1)
+        writer.finish(FILES, PROVENANCE)
+    assert (tmp_path / "b.edgellama").read_bytes() == whole
+    with pytest.raises(ValueError, match="closed"):
+        writer.read(writer.specs[0].name, 0, 1)

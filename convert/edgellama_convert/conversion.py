@@ -32,9 +32,11 @@ from .checkpoint import Checkpoint, SourceTensor, read_small
 from .names import Plan, plan_tensors, refuse_untied
 from .pipeline import Pipeline
 from .quantizers import METHODS, quantize
+from .receipt import Receipt, make_receipt
 from .report import ConvertReport
 from .resources import MIB, check_memory, plan_buffers, private_bytes
 from .source import CONFIG_FILE, Source, resolve
+from .weights import CheckpointWeights, StoredWeights
 
 SUFFIX = ".edgellama"
 MAX_CONFIG_BYTES = 1 * MIB
@@ -66,12 +68,15 @@ def convert(
     offline: bool = False,
     n_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    receipt: bool = True,
+    receipt_progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
     """Convert a hub id or a local folder into one `.edgellama` file, by default `./<name of the source>.edgellama`.
 
     method: "rtn" or "search". lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that the process may
-    hold (RSS without pages of mapped files). progress(done, total) counts weights. Raises ConvertError, ConfigError or
-    TokenizerError; the destination is then what it was before, or absent.
+    hold (RSS without pages of mapped files). progress(done, total) counts weights. receipt: measure the result against
+    the source and keep the figures in the file; receipt_progress(done, total) tells how far that is. Raises
+    ConvertError, ConfigError or TokenizerError; the destination is then what it was before, or absent.
     """
     started = time.perf_counter()
     n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)
@@ -96,7 +101,20 @@ def convert(
             for spec in specs:
                 writer.write(spec.name, work.data(spec))
             work_seconds = time.perf_counter() - work_started
-            writer.finish(files, _provenance(origin, checkpoint, raw_files=_hashed_files(origin.folder, files)))
+            measured = Receipt(None)
+            if receipt:
+                measured = make_receipt(
+                    CheckpointWeights(config, checkpoint, plan),
+                    StoredWeights.of_writer(writer),
+                    files,
+                    {"method": method, "calibration": None, "source": origin.name, "commit": origin.commit},
+                    n_threads,
+                    max_ram=max_ram,
+                    progress=receipt_progress,
+                )
+                warnings += measured.warnings
+            provenance = _provenance(origin, checkpoint, raw_files=_hashed_files(origin.folder, files))
+            writer.finish(files, provenance, measured.stored)
         seconds = time.perf_counter() - started
         file_bytes = destination.stat().st_size
         errors = {name: error.relative_rms for name, error in work.pipeline.errors.items()}
@@ -118,7 +136,9 @@ def convert(
             seconds=seconds,
             n_threads=n_threads,
             weights_per_second=work.total / work_seconds,
-            peak_rss=work.peak_rss,
+            receipt_seconds=time.perf_counter() - work_started - work_seconds,
+            quality=(measured.stored or {}).get("quality"),
+            peak_rss=max((peak for peak in (work.peak_rss, measured.peak_rss) if peak is not None), default=None),
             files=tuple(files),
             warnings=tuple(warnings),
         )

@@ -35,6 +35,10 @@ class ConvertReport:
     n_threads: int
     weights_per_second: float
     """Reading, quantizing and writing only, with `n_threads` threads."""
+    receipt_seconds: float
+    """Measuring the quality, and finishing the file."""
+    quality: dict[str, Any] | None
+    """The figures that are kept in the file (`receipt`); None where nothing was measured."""
     peak_rss: int | None
     """Most memory seen during the conversion, without pages of mapped files."""
     files: tuple[str, ...]

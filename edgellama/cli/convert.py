@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from typing import Any
 
 from edgellama.cli import console, options
 from edgellama.cli.progress import GETTING_READY, Progress
@@ -13,7 +14,11 @@ examples: edgellama convert meta-llama/Llama-2-7b-hf -o llama-2-7b.edgellama
 
 A hub id is fetched through huggingface_hub, with its cache and token (HF_HOME,
 HF_TOKEN). The checkpoint is read tensor by tensor: memory stays far below its
-size. Interrupted, it leaves nothing behind."""
+size. Interrupted, it leaves nothing behind.
+
+When it is written, the model is measured against its source on a short text of
+several languages; `edgellama info` shows the figures, `verify` checks answers
+that are kept with them. For a 7B model this takes about as long again."""
 
 
 def add_parser(subparsers) -> None:
@@ -28,6 +33,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--lm-head-bits", type=int, default=8, choices=(4, 8, 16), help="bits of the output layer (default 8)"
     )
+    parser.add_argument("--no-receipt", action="store_true", help="do not measure the quality against the source")
     parser.add_argument("--max-ram", type=options.byte_size, metavar="SIZE", help="stay below this, e.g. 1.5G")
     parser.add_argument("--revision", metavar="REV", help="a hub branch, tag or commit")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
@@ -46,7 +52,15 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     from edgellama_convert import convert
 
-    with Progress("convert", unit="weights", quiet=args.quiet, ready_line=GETTING_READY) as progress:
+    with (
+        Progress("convert", unit="weights", quiet=args.quiet, ready_line=GETTING_READY) as progress,
+        Progress("measure", unit="weights", quiet=args.quiet) as measured,
+    ):
+
+        def measuring(done: int, total: int) -> None:
+            progress.close()
+            measured.update(done, total)
+
         try:
             report = convert(
                 args.source,
@@ -58,9 +72,12 @@ def run(args: argparse.Namespace) -> int:
                 offline=args.offline,
                 n_threads=args.threads,
                 progress=progress.update,
+                receipt=not args.no_receipt,
+                receipt_progress=measuring,
             )
         except KeyboardInterrupt:
             progress.close()
+            measured.close()
             console.note("edgellama: interrupted; nothing was written")
             return 130
     if args.json:
@@ -83,10 +100,25 @@ def summary(report) -> list[str]:
         f"bits   {report.bits_per_weight:.2f} per weight; {report.linear_bits_per_weight:.2f} in the layers' matrices, "
         f"{report.lm_head_bits} in the output layer",
         f"error  at most {error:.1%} (relative rms), {name.removesuffix('.weight')}",
+        *([f"cost   {quality_line(report.quality)}"] if report.quality else []),
         f"time   {console.seconds(report.seconds)}, {console.count(report.weights_per_second)} weights/s{memory}",
         *(f"note   {line}" for line in [*_ignored(report.ignored), *report.warnings]),
         f"next   edgellama {_next(report)}",
     ]
+
+
+def quality_line(quality: Mapping[str, Any]) -> str:
+    """The receipt's figures on one line; they may come from a file that somebody made up."""
+
+    def number(key: str, pattern: str = "{:.4g}") -> str:
+        value = quality.get(key)
+        return pattern.format(value) if isinstance(value, int | float) else "?"
+
+    return (
+        f"KL {number('kl_mean')} to the source (1 % of tokens above {number('kl_p99')}), "
+        f"top-1 agreement {number('top1', '{:.1%}')}, "
+        f"perplexity {number('perplexity')} (source {number('source_perplexity')})"
+    )
 
 
 def _ignored(tensors: Mapping[str, str]) -> list[str]:

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from edgellama.cli import console, options
+from edgellama.cli.convert import quality_line
 from edgellama.paths import find_model
 
 _DESCRIPTION = "Tell what a model file is: shapes, quantization, source, memory needed."
@@ -108,12 +109,27 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     result.append(("devices", ", ".join(facts["devices"]) + _cuda_hint(facts["devices"])))
     result += [(key, _plain(value)) for key, value in provenance.items() if value and not isinstance(value, dict)]
+    result += _receipt(facts["receipt"] or {})
     result += [("note", note) for note in facts["notes"]]
     return result
 
 
 def _cuda_hint(devices: list[str]) -> str:
     return "" if "cuda" in devices else " (cuda: pip install 'edgellama[cuda]')"
+
+
+def _receipt(receipt: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured when the file was made."""
+    quality = receipt.get("quality")
+    if not isinstance(quality, dict):
+        return []
+    rows = [
+        ("quality", quality_line(quality)),
+        ("measured", _plain(f"{quality.get('tokens')} tokens, windows of {quality.get('ctx')}, {quality.get('text')}")),
+    ]
+    if receipt.get("calibration"):
+        rows.append(("calibration", _plain(receipt["calibration"])))
+    return rows
 
 
 def _plain(value: object, limit: int = 68) -> str:

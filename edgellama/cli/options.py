@@ -138,3 +138,15 @@ def read_prompt(text: str) -> str:
     except UnicodeDecodeError as error:
         raise EdgellamaError(f"stdin is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None
     return prompt.removesuffix("\n").removesuffix("\r")
+
+
+def read_text(path: str) -> str:
+    """The text of a UTF-8 file, or of stdin for "-"."""
+    if path == "-":
+        return read_prompt(path)
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EdgellamaError(f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from None

@@ -6,9 +6,24 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import edgellama
-from edgellama.cli import bench, chat, console, convert, demo, export, generate, info, list_models, rm, run, verify
+from edgellama.cli import (
+    bench,
+    chat,
+    compare,
+    console,
+    convert,
+    demo,
+    export,
+    generate,
+    info,
+    list_models,
+    perplexity,
+    rm,
+    run,
+    verify,
+)
 
-_VERBS = (demo, run, chat, generate, convert, list_models, rm, info, verify, export, bench)
+_VERBS = (demo, run, chat, generate, convert, list_models, rm, info, verify, export, bench, perplexity, compare)
 _DESCRIPTION = "Run Llama models on your own machine: one int4 file, from Python, on any CPU."
 _EPILOG = """\
 try it:  edgellama demo

@@ -65,8 +65,23 @@ def _convert(model: str, path: Path, args: argparse.Namespace) -> None:
 
     if not args.quiet:
         console.note(f"first use of {model}: converting it")
-    with Progress("convert", unit="weights", quiet=args.quiet, ready_line=GETTING_READY) as progress:
-        report = convert(model, path, offline=args.offline, n_threads=args.threads, progress=progress.update)
+    with (
+        Progress("convert", unit="weights", quiet=args.quiet, ready_line=GETTING_READY) as progress,
+        Progress("measure", unit="weights", quiet=args.quiet) as measured,
+    ):
+
+        def measuring(done: int, total: int) -> None:
+            progress.close()
+            measured.update(done, total)
+
+        report = convert(
+            model,
+            path,
+            offline=args.offline,
+            n_threads=args.threads,
+            progress=progress.update,
+            receipt_progress=measuring,
+        )
     if not args.quiet:
         name = path.name.removesuffix(".edgellama")
         console.note(f"stored as {name} ({console.size(report.file_bytes)}); `edgellama rm {name}` frees it")

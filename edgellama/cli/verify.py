@@ -1,19 +1,24 @@
-"""`edgellama verify`: prove a file's structure and every tensor's hash, or that two devices agree on it."""
+"""`edgellama verify`: prove a file's structure and every tensor's hash, and what devices compute."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from edgellama.cli import console, options
 from edgellama.cli.progress import Progress
 from edgellama.devices import DEVICES
 from edgellama.paths import find_model
 
-_DESCRIPTION = "Check a file's structure and the hash of every tensor."
+_DESCRIPTION = "Check a file's structure, the hash of every tensor, and its golden vectors."
 _EPILOG = """\
 example: edgellama verify llama-2-7b.edgellama
          edgellama verify llama-2-7b.edgellama --device cpu,cuda
 
-Exit code 0: every byte is what was written. 1: one line names what is not.
+Golden vectors were stored when the file was made: token ids of awkward texts,
+a rendered chat, logits of a short prompt. The model runs on --device for it.
+
+Exit code 0: every byte is what was written, and the device computes what it
+should. 1: one line names what is not.
 With --device A,B the same texts run on both devices instead. 0: their
 next-token distributions agree (KL divergence, share of equal likeliest
 tokens), 1: they do not."""
@@ -24,24 +29,31 @@ def add_parser(subparsers) -> None:
         "verify", help="check a file's structure and hashes", description=_DESCRIPTION, epilog=_EPILOG
     )
     options.add_model(parser)
+    parser.add_argument("--hashes-only", action="store_true", help="do not run the model")
     options.add_json(parser)
-    parser.add_argument("--device", type=_two_devices, metavar="A,B", help="compare two devices, e.g. cpu,cuda")
-    parser.add_argument("-t", "--threads", type=options.positive_int, metavar="T", help="the cpu's, with --device")
+    parser.add_argument(
+        "--device",
+        type=_devices,
+        default=("cpu",),
+        metavar="D[,D]",
+        help="default cpu; two: compare them, e.g. cpu,cuda",
+    )
+    parser.add_argument("-t", "--threads", type=options.positive_int, metavar="T", help="the cpu's")
     options.add_kv_cache(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run, parser=parser)
 
 
-def _two_devices(text: str) -> tuple[str, str]:
-    names = text.split(",")
-    if len(names) != 2 or not set(names) <= set(DEVICES):
-        raise argparse.ArgumentTypeError(f"{text!r} is not two of {', '.join(DEVICES)} with a comma between")
-    return names[0], names[1]
+def _devices(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if len(names) > 2 or not set(names) <= set(DEVICES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DEVICES)}, or two with a comma between")
+    return names
 
 
 def run(args: argparse.Namespace) -> int:
     path = find_model(options.model_of(args))
-    return _compare(args, path) if args.device else _check_hashes(args, path)
+    return _compare(args, path) if len(args.device) == 2 else _check_file(args, path)
 
 
 def _compare(args: argparse.Namespace, path: Path) -> int:
@@ -61,15 +73,36 @@ def _compare(args: argparse.Namespace, path: Path) -> int:
     return 0 if outcome.passed else 1
 
 
-def _check_hashes(args: argparse.Namespace, path: Path) -> int:
+def _check_file(args: argparse.Namespace, path: Path) -> int:
     from edgellama.format import open_model
 
     with open_model(path) as file:
         with Progress("verify", unit="B", quiet=args.quiet) as progress:
             file.verify(progress.update)
         facts = {"path": str(file.path), "ok": True, "tensors": len(file.tensors), "size_bytes": file.size}
+        receipt = file.receipt
+    golden = None if args.hashes_only else _check_golden(path, receipt, args)
     if args.json:
-        console.say_json(facts)
+        console.say_json({**facts, "device": None if golden is None else args.device[0], "golden": golden})
     else:
         console.say(f"{file.path}: ok, {facts['tensors']} tensors, {console.size(file.size)}")
+        if golden is not None:
+            chat = ", a chat" if golden["chats"] else ""
+            console.say(
+                f"golden vectors: {golden['texts']} texts{chat} and the logits of {golden['rows']} tokens agree on "
+                f"{args.device[0]} (KL divergence {golden['kl']:.2g}, at most {golden['max_kl']:g})"
+            )
     return 0
+
+
+def _check_golden(path: Path, receipt: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, Any] | None:
+    """What was compared, as plain values; None for a file without golden vectors."""
+    from edgellama import golden
+    from edgellama.model import load
+
+    vectors = golden.stored(receipt)
+    if vectors is None:
+        return None
+    device = args.device[0]
+    with load(path, device, golden.needed_ctx(vectors), args.threads, args.kv_cache, n_slots=1) as llm:
+        return golden.check(llm, exact=device == "reference").to_dict()

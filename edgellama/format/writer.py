@@ -135,6 +135,27 @@ class ModelWriter:
         self._hashes.append(hasher.hexdigest())
         return TensorEntry(spec.name, spec.layout, spec.shape, offset, nbytes, self._hashes[-1])
 
+    def read(self, name: str, first: int, last: int) -> np.ndarray:
+        """Entries first..last-1 of the stored array's first axis (row blocks, rows, values) of a tensor written before.
+
+        For measuring what was written before it is published. Reads the file: no mapping, nothing stays held.
+        """
+        i = next(i for i, spec in enumerate(self.specs) if spec.name == name)
+        if i >= len(self._hashes):
+            raise ValueError(f"{name} was not written yet")
+        layout = LAYOUTS[self.specs[i].layout]
+        shape = layout.stored_shape(self.specs[i].shape)
+        if not 0 <= first <= last <= shape[0]:
+            raise ValueError(f"{name}: {first}..{last} is not within its {shape[0]} entries")
+        entry_bytes = layout.nbytes(self.specs[i].shape) // shape[0]
+        with self._abort_on_error(), self._one_line_errors():
+            fd = self._descriptor()
+            self._blocks.flush(fd)
+            source = FileSource(fd, self.data_end)
+            offset = self._data_offset + self._offsets[i] + first * entry_bytes
+            data = source.read(offset, (last - first) * entry_bytes)
+        return np.frombuffer(data, layout.dtype).reshape(last - first, *shape[1:])
+
     def finish(
         self, files: Mapping[str, bytes], provenance: Mapping[str, Any], receipt: Mapping[str, Any] | None = None
     ) -> Path:
