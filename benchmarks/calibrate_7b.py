@@ -1,9 +1,9 @@
 """Times `gptq` on layers of Llama-2-7B's shapes (random weights), and watches its memory.
 
-    python benchmarks/calibrate_7b.py                  # one layer, 16,384 tokens: some minutes, 5 GB of disk in --folder
+    python benchmarks/calibrate_7b.py                  # one layer, 16,384 tokens: minutes, 5 GB of disk in --folder
     python benchmarks/calibrate_7b.py --tokens 4096    # a quarter of the text
 
-Prints the seconds after which each matrix was done. What matters is the shape: random weights take as long as real ones.
+Prints the seconds after which each matrix was done. What matters is the shape: random weights take as long as others.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def main() -> None:
         folder = Path(name)
         convert_7b.write_checkpoint(folder, args.layers)
         config = LlamaConfig.from_dict({**convert_7b.CONFIG, "num_hidden_layers": args.layers})
-        ids = np.random.default_rng(0).integers(config.vocab_size, size=(max(1, args.tokens // 512), 512), dtype=np.int32)
+        ids = np.random.default_rng(0).integers(
+            config.vocab_size, size=(max(1, args.tokens // 512), 512), dtype=np.int32
+        )
         threading.Thread(target=watch, daemon=True).start()
         before = private_bytes() or 0
         started, cpu = time.perf_counter(), os.times()

@@ -10,7 +10,7 @@ Knows the order of things; `layer` has the forward pass, `solve` the arithmetic 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -38,9 +38,10 @@ _LARGEST_WEIGHT = 65504.0 * 7
 def memory_needed(config: LlamaConfig, seq_len: int) -> int:
     """Bytes that `CalibratedLayers.run` holds at its peak, without the process as it was before."""
     hidden, wide = config.hidden_size, config.intermediate_size
-    down = 3 * wide * wide + 4 * hidden * wide  # Hessian, drift and a product; or Hessian and factor with four matrices
-    mlp = 4 * wide * hidden + 3 * hidden * hidden + 3 * wide * hidden
-    return 4 * max(down, mlp) + 8 * max(_CHUNK_BYTES, 4 * seq_len * wide)
+    summing = wide * wide + 6 * wide * hidden  # Hessian, lack, down_proj, the source's and the quantized gate and up
+    choosing = 2 * wide * wide + 5 * wide * hidden  # Hessian and factor; source, target, errors, result and a product
+    gate_up = 8 * wide * hidden + 3 * hidden * hidden
+    return 4 * max(summing + 8 * max(_CHUNK_BYTES // 4, seq_len * wide), choosing, gate_up)
 
 
 class CalibratedLayers:
@@ -134,102 +135,104 @@ class CalibratedLayers:
 
     def _layer(self, i: int, pool: ThreadPoolExecutor) -> None:
         config, math = self._config, self._math
-        hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
+        hidden, width, wide = config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size
         norm = self._vector(f"model.layers.{i}.input_layernorm.weight")
         norm2 = self._vector(f"model.layers.{i}.post_attention_layernorm.weight")
         results: dict[str, np.ndarray] = {}
 
-        def quantize(names: Sequence[str], moments: Moments) -> tuple[list[Linear], list[Linear]]:
-            return self._quantize(i, names, moments, results, pool)
+        def quantize(linears: Mapping[str, Linear], moments: Moments, of_output: bool) -> list[Linear]:
+            return self._quantize(i, linears, moments, of_output, results, pool)
 
         with (
             self._streams(f"x-{i:05d}", hidden) as x,
-            self._streams("scratch-attended", width) as attended,
-            self._streams("scratch-middle", hidden) as middle,
-            self._streams("scratch-gated", config.intermediate_size) as gated,
             self._streams(f"x-{i + 1:05d}", hidden) as following,
+            self._streams("scratch-middle", hidden) as middle,
+            self._work.stream("scratch-attended", width) as attended,
+            self._work.stream("scratch-gated", wide) as gated,
         ):
-            moments = Moments.zeros(hidden)
+            moments = Moments.zeros(hidden, hidden)
             for first, last in self._chunks():
                 source, quantized = (math.norm(stream.read(first, last), norm) for stream in x)
-                moments.add(quantized, source)
-            models = quantize(QKV, moments)
+                moments.add(quantized, source - quantized)
+            qkv = self._linears(i, QKV)
+            models = list(qkv.values()), quantize(qkv, moments, of_output=False)
 
-            moments = Moments.zeros(width, hidden)
+            moments, output = Moments.zeros(width, hidden), self._linears(i, [O])
             for first, last in self._chunks():
-                streams = [stream.read(first, last) for stream in x]
-                outs = []
-                for stream, (q, k, v), out in zip(streams, models, attended, strict=True):
-                    h = math.norm(stream, norm)
-                    outs.append(math.attention(q(h), k(h), v(h)))
-                    out.write(first, outs[-1])
-                moments.add(outs[1], outs[0], streams[0] - streams[1])
-            models = quantize([O], moments)
+                before = [stream.read(first, last) for stream in x]
+                normed = [math.norm(h, norm) for h in before]
+                inputs = [math.attention(q(h), k(h), v(h)) for h, (q, k, v) in zip(normed, models, strict=True)]
+                attended.write(first, inputs[1])
+                middle[0].write(first, _source_output(moments, output[O], before, inputs))
+            (o,) = quantize(output, moments, of_output=True)
 
-            moments = Moments.zeros(hidden)
+            moments = Moments.zeros(hidden, hidden)
             for first, last in self._chunks():
-                normed = []
-                for before, inputs, (o,), out in zip(x, attended, models, middle, strict=True):
-                    h = before.read(first, last) + o(inputs.read(first, last))
-                    out.write(first, h)
-                    normed.append(math.norm(h, norm2))
-                moments.add(normed[1], normed[0])
-            models = quantize([GATE, UP], moments)
+                h = x[1].read(first, last) + o(attended.read(first, last))
+                middle[1].write(first, h)
+                source, quantized = (math.norm(each, norm2) for each in (middle[0].read(first, last), h))
+                moments.add(quantized, source - quantized)
+            gate_up = self._linears(i, (GATE, UP))
+            models = list(gate_up.values()), quantize(gate_up, moments, of_output=False)
 
-            moments = Moments.zeros(config.intermediate_size, hidden)
+            moments, output = Moments.zeros(wide, hidden), self._linears(i, [DOWN])
             for first, last in self._chunks():
-                streams = [stream.read(first, last) for stream in middle]
-                outs = []
-                for stream, (gate, up), out in zip(streams, models, gated, strict=True):
-                    h = math.norm(stream, norm2)
-                    outs.append(math.gated(gate(h), up(h)))
-                    out.write(first, outs[-1])
-                moments.add(outs[1], outs[0], streams[0] - streams[1])
-            models = quantize([DOWN], moments)
+                before = [stream.read(first, last) for stream in middle]
+                normed = [math.norm(h, norm2) for h in before]
+                inputs = [math.gated(gate(h), up(h)) for h, (gate, up) in zip(normed, models, strict=True)]
+                gated.write(first, inputs[1])
+                following[0].write(first, _source_output(moments, output[DOWN], before, inputs))
+            del models, gate_up, qkv, before, normed, inputs  # memory is tightest now
+            (down,) = quantize(output, moments, of_output=True)
 
             for first, last in self._chunks():
-                for before, inputs, (down,), out in zip(middle, gated, models, following, strict=True):
-                    out.write(first, before.read(first, last) + down(inputs.read(first, last)))
+                following[1].write(first, middle[1].read(first, last) + down(gated.read(first, last)))
             for out in following:
                 out.flush()
         self._work.save_arrays(_layer_file(i), results)
         self._work.discard("scratch-*")
 
     def _quantize(
-        self, i: int, names: Sequence[str], moments: Moments, results: dict[str, np.ndarray], pool: ThreadPoolExecutor
-    ) -> tuple[list[Linear], list[Linear]]:
-        """The matrices `names`, which share their input: the source's and the quantized; these go into `results`."""
+        self,
+        i: int,
+        linears: Mapping[str, Linear],
+        moments: Moments,
+        of_output: bool,
+        results: dict[str, np.ndarray],
+        pool: ThreadPoolExecutor,
+    ) -> list[Linear]:
+        """Quantize matrices that share their input; their codes go into `results`. Uses `moments` up."""
         if not np.isfinite(np.diagonal(moments.hessian)).all():
             raise ConvertError(f"layer {i}: its activations are not finite; the checkpoint is damaged")
-        sources = []
-        for name in names:
-            weight = self._matrix(i, name)
-            sources.append((name, weight, shift(weight, moments)))
-        moments.drift = np.zeros((0, 0), np.float32)
+        moments.complete()
+        targets = [shift(linear.weight, moments.lack, of_output) for linear in linears.values()]
+        moments.lack = np.zeros((0, 0), np.float32)
         factor = Factor(moments.hessian)
-        models: tuple[list[Linear], list[Linear]] = ([], [])
-        for name, weight, change in sources:
-            factor.solve(change)
-            change += weight
-            codes = quantize_matrix(change, factor, pool)
+        quantized = []
+        for (name, linear), target in zip(linears.items(), targets, strict=True):
+            factor.solve(target)
+            target += linear.weight
+            codes = quantize_matrix(target, factor, pool)
             stored = dequantize(codes.codes, codes.scales, 4)
-            difference = (stored - weight).reshape(-1)
-            results[f"{name}.error"] = np.array([_square_sum(difference), _square_sum(weight.reshape(-1))])
+            difference = (stored - linear.weight).reshape(-1)
+            results[f"{name}.error"] = np.array([_square_sum(difference), _square_sum(linear.weight.reshape(-1))])
             results[f"{name}.codes"] = pack_int4(codes.codes)
             results[f"{name}.scales"] = pack_scales(codes.scales)
-            bias = f"model.layers.{i}.{name}.bias"
-            b = self._vector(bias) if bias in self._checkpoint.tensors else None
-            models[0].append(Linear(weight, b))
-            models[1].append(Linear(stored, b))
-            self._on_weights(weight.size)
-        return models
+            quantized.append(Linear(stored, linear.bias))
+            self._on_weights(linear.weight.size)
+        return quantized
+
+    def _linears(self, i: int, names: Sequence[str]) -> dict[str, Linear]:
+        """The source's matrices of these names, with their biases."""
+        linears = {}
+        for name in names:
+            tensor, bias = self._tensor(i, name), f"model.layers.{i}.{name}.bias"
+            weight = _finite(self._checkpoint.read(tensor), tensor)
+            linears[name] = Linear(weight, self._vector(bias) if bias in self._checkpoint.tensors else None)
+        return linears
 
     def _tensor(self, i: int, name: str) -> SourceTensor:
         return self._checkpoint.tensors[f"model.layers.{i}.{name}.weight"]
-
-    def _matrix(self, i: int, name: str) -> np.ndarray:
-        tensor = self._tensor(i, name)
-        return _finite(self._checkpoint.read(tensor), tensor)
 
     def _vector(self, name: str) -> np.ndarray:
         return self._checkpoint.read(self._checkpoint.tensors[name])
@@ -237,6 +240,18 @@ class CalibratedLayers:
 
 def _layer_file(i: int) -> str:
     return f"layer-{i:05d}.npz"
+
+
+def _source_output(
+    moments: Moments, linear: Linear, before: Sequence[np.ndarray], inputs: Sequence[np.ndarray]
+) -> np.ndarray:
+    """The source's residual stream after `linear`, counted in what the quantized model would lack of it.
+
+    before, inputs: the residual streams and what goes into `linear`, of the source and of the quantized model.
+    """
+    source, quantized = (h + linear(values) for h, values in zip(before, inputs, strict=True))
+    moments.add(inputs[1], source - quantized)
+    return source
 
 
 def _as_stored(rows: np.ndarray, bits: int) -> np.ndarray:

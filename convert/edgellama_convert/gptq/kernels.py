@@ -47,8 +47,8 @@ def _choose_scales(x, weight, inverse, products, squares, best, scale, halves):
     best[:] = np.float32(-1)
     scale[:] = 0
     for candidate in range(2 * N_CANDIDATES):
-        end = FIRST_4 + (LAST_4 - FIRST_4) * (candidate >> 1) / (N_CANDIDATES - 1)
-        end = np.float32(end if candidate & 1 else -end)
+        long_end = FIRST_4 + (LAST_4 - FIRST_4) * (candidate >> 1) / (N_CANDIDATES - 1)
+        end = np.float32(long_end if candidate & 1 else -long_end)
         for r in range(LANES):
             inverse[r] = end / largest[r] if largest[r] > 0 else np.float32(0)
         _fit(x, weight, inverse, products, squares)

@@ -12,7 +12,7 @@ from edgellama.backends.reference import ACTIVATIONS
 from edgellama.config import LlamaConfig
 from edgellama.rope import cos_sin
 
-_SCORES_BYTES = 32 << 20
+_SCORES_BYTES = 4 << 20  # held at a time: they should stay in a cache
 
 
 class Linear:
@@ -35,7 +35,7 @@ class LayerMath:
     def __init__(self, config: LlamaConfig, seq_len: int):
         self.config, self.seq_len = config, seq_len
         self._cos, self._sin = (part[:, None, :] for part in cos_sin(config, np.arange(seq_len), seq_len))
-        self._future = np.triu(np.ones((seq_len, seq_len), bool), 1)
+        self._mask = np.triu(np.full((seq_len, seq_len), -np.inf, np.float32), 1)
 
     def norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         variance = np.mean(x * x, axis=-1, keepdims=True)
@@ -59,7 +59,7 @@ class LayerMath:
                 group = queries[head * shared : (head + together) * shared]
                 scores = np.matmul(group.reshape(-1, shared, *group.shape[1:]), keys[some, None])
                 scores *= np.float32(config.head_dim**-0.5)
-                scores[..., self._future] = -np.inf
+                scores += self._mask
                 scores -= scores.max(axis=-1, keepdims=True)
                 np.exp(scores, out=scores)
                 scores /= scores.sum(axis=-1, keepdims=True)

@@ -27,6 +27,7 @@ FEEDBACK = 0.75
 """Share of the error made so far that a matrix is asked to undo: all of it would fit the calibration text too well."""
 REFINEMENTS = 2
 _BLOCK = GROUP_SIZE
+_PANEL = 1024
 _ROWS_OF_A_JOB = 4 * LANES
 
 Run = Callable[[Callable[[int, int], None], int], None]
@@ -34,31 +35,33 @@ Run = Callable[[Callable[[int, int], None], int], None]
 
 @dataclass
 class Moments:
-    """Sums over calibration tokens: what a matrix's input is like, and how far it has gone from the source's.
+    """Sums over calibration tokens: what a matrix's input is like, and what the quantized model lacks by now.
 
-    hessian: X^T X, float32[in, in], X the input in the quantized model. drift: (Y - X)^T X, float32[in, in], Y the
-    input in the source. lag: float32[out, in] or None, R^T X, R what the residual stream that the output is added to
-    lacks of the source's.
+    hessian: X^T X, float32[in, in], X the input in the quantized model; above the diagonal and near it only, until
+    `complete`. lack: R^T X, float32[lacking, in]. R is what X lacks of the source's input, where several matrices share
+    it; for a matrix whose output goes to the residual stream, what that stream would lack of the source's, were the
+    matrix left as it is. The latter is cheaper where there are fewer outputs than inputs.
     """
 
     hessian: np.ndarray
-    drift: np.ndarray
-    lag: np.ndarray | None = None
+    lack: np.ndarray
 
     @classmethod
-    def zeros(cls, in_features: int, out_features: int | None = None) -> Moments:
-        """`out_features` where the output goes to the residual stream."""
-        square = (in_features, in_features)
-        lag = None if out_features is None else np.zeros((out_features, in_features), np.float32)
-        return cls(np.zeros(square, np.float32), np.zeros(square, np.float32), lag)
+    def zeros(cls, in_features: int, lacking: int) -> Moments:
+        return cls(np.zeros((in_features, in_features), np.float32), np.zeros((lacking, in_features), np.float32))
 
-    def add(self, x: np.ndarray, source_x: np.ndarray, residual: np.ndarray | None = None) -> None:
-        """Count in inputs float32[tokens, in] of both models, and (source - quantized) of the residual stream."""
-        self.hessian += x.T @ x
-        self.drift += (source_x - x).T @ x
-        if self.lag is not None:
-            assert residual is not None
-            self.lag += residual.T @ x
+    def add(self, x: np.ndarray, lacks: np.ndarray) -> None:
+        """Count in inputs float32[tokens, in] and what is lacking, float32[tokens, lacking]."""
+        for begin, end in _blocks(
+            x.shape[1], _PANEL
+        ):  # half of the products, and faster than NumPy's syrk
+            self.hessian[:end, begin:end] += x[:, :end].T @ x[:, begin:end]
+        self.lack += lacks.T @ x
+
+    def complete(self) -> None:
+        """Mirror the Hessian."""
+        for begin, end in _blocks(len(self.hessian), _PANEL):
+            self.hessian[begin:end, :begin] = self.hessian[:begin, begin:end].T
 
 
 class Factor:
@@ -99,16 +102,13 @@ class Codes:
     errors: np.ndarray
 
 
-def shift(weights: np.ndarray, moments: Moments) -> np.ndarray:
-    """What to add to H-weighted least squares' right side: the output errors made so far, seen through the input.
+def shift(weights: np.ndarray, lack: np.ndarray, of_output: bool) -> np.ndarray:
+    """What to add to H-weighted least squares' right side: what is lacking by now, seen through the input.
 
-    float32[out, in]; `Factor.solve` turns it into a change of the weights.
+    lack: as in `Moments`, of this matrix's output or of its input. float32[out, in]; `Factor.solve` turns it into a
+    change of the weights.
     """
-    b = weights @ moments.drift
-    if moments.lag is not None:
-        b += moments.lag
-    b *= np.float32(FEEDBACK)
-    return b
+    return np.float32(FEEDBACK) * (lack if of_output else weights @ lack)
 
 
 def quantize_matrix(target: np.ndarray, factor: Factor, pool: ThreadPoolExecutor) -> Codes:
@@ -163,9 +163,9 @@ def _factor(h: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     return r, inverses
 
 
-def _blocks(k: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, k, _BLOCK):
-        yield begin, min(begin + _BLOCK, k)
+def _blocks(k: int, size: int = _BLOCK) -> Iterator[tuple[int, int]]:
+    for begin in range(0, k, size):
+        yield begin, min(begin + size, k)
 
 
 def _each_part(pool: ThreadPoolExecutor, rows: int, work: Callable[[int, int], None]) -> None:

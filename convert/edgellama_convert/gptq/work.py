@@ -62,6 +62,12 @@ class Stream:
     def close(self) -> None:
         self._file.close()
 
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
 
 class WorkFolder:
     """See the module. A context manager that holds the lock; `remove()` when all is done."""
