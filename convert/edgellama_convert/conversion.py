@@ -42,7 +42,9 @@ from .source import CONFIG_FILE, Source, resolve
 from .weights import CheckpointWeights, StoredWeights
 
 SUFFIX = ".edgellama"
-GPTQ = "gptq"
+GPTQ, AUTO = "gptq", "auto"
+CALIBRATED_WEIGHTS = 200_000_000
+"""In the layers' matrices: up to so many `auto` calibrates. SmolLM2-135M has 106 million, TinyLlama 970 million."""
 MAX_CONFIG_BYTES = 1 * MIB
 MAX_FILE_BYTES = 32 * MIB
 """Of each tokenizer file; Llama-3's tokenizer.json has 9 MB."""
@@ -65,7 +67,7 @@ def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    method: str = "search",
+    method: str = AUTO,
     lm_head_bits: int = 8,
     calibration: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = BUILTIN,
     calibration_tokens: int | None = None,
@@ -82,7 +84,8 @@ def convert(
 
     method: "rtn", "search" or "gptq", which is calibrated with about `calibration_tokens` tokens of text: "builtin",
     "self" (the model's own), a text file or a folder of such, or several of these. It works in a hidden folder beside
-    `out`, and goes on there if it was killed. lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that
+    `out`, and goes on there if it was killed. "auto" is "gptq" for models of up to `CALIBRATED_WEIGHTS` with a
+    tokenizer, which lose most and are done in minutes, and "search" for others. lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that
     the process may hold (RSS without pages of mapped files). progress(done, total) counts weights. receipt: measure the
     result against the source and keep the figures in the file; receipt_progress(done, total) tells how far that is.
     Raises ConvertError, ConfigError or TokenizerError; the destination is then what it was before, or absent.
@@ -90,7 +93,7 @@ def convert(
     started = time.perf_counter()
     n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)
     text = None
-    if method == GPTQ:
+    if method in (GPTQ, AUTO):
         names = [calibration] if isinstance(calibration, str | os.PathLike) else calibration
         text = CalibrationText(names, calibration_tokens)
     origin = resolve(source, revision=revision, token=token, offline=offline)
@@ -99,6 +102,10 @@ def convert(
     raw_config, config = read_config(origin.folder)
     files = read_files(origin.folder)
     warnings = check_tokenizer(files, config)
+    if method == AUTO:
+        method = GPTQ if has_tokenizer(files) and _layer_weights(config) <= CALIBRATED_WEIGHTS else "search"
+    if method != GPTQ:
+        text = None
     plain_method = "search" if method == GPTQ else method  # of what is not calibrated
     for bits in {4, lm_head_bits} - {16}:
         quantize(np.zeros((1, 1), np.float32), bits, plain_method)  # compiles, before memory is measured, time counted
@@ -265,8 +272,8 @@ class _Conversion:
 
 def _check_options(method: str, lm_head_bits: int, max_ram: int | None, n_threads: int | None) -> int:
     """The number of threads, all options being valid."""
-    if method not in (*METHODS, GPTQ):
-        raise ConvertError(f"method {method!r} is unknown: it is one of {', '.join((*METHODS, GPTQ))}")
+    if method not in (*METHODS, GPTQ, AUTO):
+        raise ConvertError(f"method {method!r} is unknown: it is one of {', '.join((AUTO, GPTQ, *METHODS))}")
     if lm_head_bits not in LM_HEAD_BITS:
         raise ConvertError(f"lm_head_bits {lm_head_bits!r} is not possible: it is one of 4, 8, 16")
     if max_ram is not None and max_ram <= 0:
@@ -301,11 +308,21 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {name: read_small(folder / name, MAX_FILE_BYTES) for name in FILE_NAMES if (folder / name).exists()}
 
 
+def has_tokenizer(files: Mapping[str, bytes]) -> bool:
+    return "tokenizer.json" in files or "tokenizer.model" in files
+
+
+def _layer_weights(config: LlamaConfig) -> int:
+    """Of all layers' matrices."""
+    specs = model_tensors(config, 16)
+    return sum(int(np.prod(s.shape)) for s in specs if ".layers." in s.name and s.layout in _CODE_BITS)
+
+
 def check_tokenizer(files: Mapping[str, bytes], config: LlamaConfig) -> list[str]:
     """Load the tokenizer once, so that a damaged one is refused now (TokenizerError); warnings otherwise."""
     from edgellama.tokenizer import load_tokenizer
 
-    if "tokenizer.json" not in files and "tokenizer.model" not in files:
+    if not has_tokenizer(files):
         return ["the source has no tokenizer.json or tokenizer.model: the model will take and give token ids only"]
     try:
         tokenizer = load_tokenizer(files, config)
@@ -343,7 +360,7 @@ def _calibration_ids(
 ) -> Calibration:
     """The token ids, or those that were chosen before the conversion was killed."""
     tokenizer = None
-    if "tokenizer.json" in files or "tokenizer.model" in files:
+    if has_tokenizer(files):
         from edgellama.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(files, config)

@@ -17,9 +17,11 @@ A hub id is fetched through huggingface_hub, with its cache and token (HF_HOME,
 HF_TOKEN). The checkpoint is read tensor by tensor: memory stays far below its
 size. Interrupted, it leaves nothing behind.
 
---method gptq is slower and much more exact: it runs calibration text through the
-model and lets each weight make up for the errors before it. Interrupted, it goes
-on where it was when the same command is given again.
+--method gptq runs calibration text through the model and lets each weight make up
+for the errors before it: much more exact, and slow. Without --method that is done
+for small models (up to 200 million weights in the layers: minutes); others get
+`search`, which needs no text: a 7B model takes a minute and a half, and two hours
+with gptq. Interrupted, gptq goes on when the same command is given again.
 
 When it is written, the model is measured against its source on a short text of
 several languages; `edgellama info` shows the figures, `verify` checks answers
@@ -34,9 +36,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument("-o", "--out", metavar="OUT", help="default: the source's last part + .edgellama, here")
     parser.add_argument(
         "--method",
-        default="search",
-        choices=("search", "gptq", "rtn"),
-        help="search (default), gptq (calibrated: best, slow) or rtn (plain rounding)",
+        default="auto",
+        choices=("auto", "search", "gptq", "rtn"),
+        help="gptq (calibrated: best, slow), search, rtn (plain rounding); auto (default): gptq for small models",
     )
     parser.add_argument(
         "--calibration",
@@ -70,8 +72,11 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.method != "gptq" and (args.calibration or args.calibration_tokens):
-        args.parser.error(f"--method {args.method} is not calibrated: add --method gptq")
+    if args.calibration or args.calibration_tokens:
+        if args.method == "auto":
+            args.method = "gptq"
+        if args.method != "gptq":
+            args.parser.error(f"--method {args.method} is not calibrated: drop --calibration, or take --method gptq")
     from edgellama_convert import convert
 
     with (
@@ -102,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             progress.close()
             measured.close()
-            kept = "; the same command goes on from here" if args.method == "gptq" else ""
+            kept = "; calibrated work is kept, the same command goes on" if args.method in ("gptq", "auto") else ""
             console.note(f"edgellama: interrupted; nothing was written{kept}")
             return 130
     if args.json:
@@ -122,6 +127,7 @@ def summary(report) -> list[str]:
     return [
         f"size   {console.size(report.source_bytes)} -> {console.size(report.file_bytes)}, "
         f"{console.count(report.weights)} weights",
+        f"method {report.method}{_better(report.method)}",
         f"bits   {report.bits_per_weight:.2f} per weight; {report.linear_bits_per_weight:.2f} in the layers' matrices, "
         f"{report.lm_head_bits} in the output layer",
         f"error  at most {error:.1%} (relative rms), {name.removesuffix('.weight')}",
@@ -130,6 +136,10 @@ def summary(report) -> list[str]:
         *(f"note   {line}" for line in [*_ignored(report.ignored), *report.warnings]),
         f"next   edgellama {_next(report)}",
     ]
+
+
+def _better(method: str) -> str:
+    return "" if method == "gptq" else "; --method gptq is more exact, and slow"
 
 
 def quality_line(quality: Mapping[str, Any]) -> str:
