@@ -85,9 +85,10 @@ def convert(
     method: "rtn", "search" or "gptq", which is calibrated with about `calibration_tokens` tokens of text: "builtin",
     "self" (the model's own), a text file or a folder of such, or several of these. It works in a hidden folder beside
     `out`, and goes on there if it was killed. "auto" is "gptq" for models of up to `CALIBRATED_WEIGHTS` with a
-    tokenizer, which lose most and are done in minutes, and "search" for others. lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that
-    the process may hold (RSS without pages of mapped files). progress(done, total) counts weights. receipt: measure the
-    result against the source and keep the figures in the file; receipt_progress(done, total) tells how far that is.
+    tokenizer, which lose most and are done in minutes, and "search" for others. lm_head_bits: 4, 8 or 16, of a tied
+    embedding too. max_ram: bytes that the process may hold (RSS without pages of mapped files). progress(done, total)
+    counts weights. receipt: measure the result against the source and keep the figures in the file;
+    receipt_progress(done, total) tells how far that is.
     Raises ConvertError, ConfigError or TokenizerError; the destination is then what it was before, or absent.
     """
     started = time.perf_counter()
