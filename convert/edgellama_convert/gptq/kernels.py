@@ -121,11 +121,12 @@ def _add(x, factor, row, first):
 
 
 @entry_point
-def refine_group(gradient, hessian, codes, scales, errors):
+def refine_group(gradient, target, hessian, codes, scales, errors):
     """One round of coordinate descent on tr(E H E^T) over a group: first its scale, then its codes in order.
 
-    gradient float32[rows, n]: (E H) of the group's inputs, changed here; hessian float32[n, n]: its diagonal block.
-    Changes codes, scales and errors (as in `quantize_group`) in place; a step is taken only if it lowers the objective.
+    gradient float32[rows, n]: (E H) of the group's inputs, changed here; target float32[rows, n]: the weights; hessian
+    float32[n, n]: its diagonal block. Changes codes, scales and errors (as in `quantize_group`) in place; a step is
+    taken only if it lowers the objective.
     """
     rows, n = gradient.shape
     q = np.empty(n, np.float32)
@@ -153,14 +154,12 @@ def refine_group(gradient, hessian, codes, scales, errors):
                     scale = from_half(half)
                     scales[row] = half
                     _add(p, step, hq, 0)
-                    for j in range(n):
-                        errors[row, j] += step * q[j]
         inverse = np.float32(1) / scale
         for j in range(n):
             wish = q[j] + p[j] / hessian[j, j] * inverse
             code = min(max((wish + ROUND) - ROUND, _LOW), _HIGH)
             if code != q[j]:
-                change = (q[j] - code) * scale
-                errors[row, j] += change
+                _add(p, (q[j] - code) * scale, hessian[j], 0)
+                q[j] = code
                 codes[row, j] = np.uint8(code + _ZERO)
-                _add(p, change, hessian[j], 0)
+            errors[row, j] = target[row, j] - q[j] * scale

@@ -52,9 +52,7 @@ class Moments:
 
     def add(self, x: np.ndarray, lacks: np.ndarray) -> None:
         """Count in inputs float32[tokens, in] and what is lacking, float32[tokens, lacking]."""
-        for begin, end in _blocks(
-            x.shape[1], _PANEL
-        ):  # half of the products, and faster than NumPy's syrk
+        for begin, end in _blocks(x.shape[1], _PANEL):  # half of the products, and faster than NumPy's syrk
             self.hessian[:end, begin:end] += x[:, :end].T @ x[:, begin:end]
         self.lack += lacks.T @ x
 
@@ -140,7 +138,9 @@ def quantize_matrix(target: np.ndarray, factor: Factor, pool: ThreadPoolExecutor
             block = np.ascontiguousarray(hessian[here, here])
 
             def refine(i: int, j: int, g: int = g, here: slice = here, gradient=gradient, block=block) -> None:
-                refine_group(gradient[i:j], block, codes[i:j, here], scales[g, i:j], errors[i:j, here])
+                refine_group(
+                    gradient[i:j], target[i:j, here], block, codes[i:j, here], scales[g, i:j], errors[i:j, here]
+                )
 
             _each_part(pool, rows, refine)
     return Codes(codes, np.ascontiguousarray(scales.T).view(np.float16), errors)
