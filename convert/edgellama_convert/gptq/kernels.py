@@ -77,7 +77,7 @@ def _choose_scales(x, weight, inverse, products, squares, best, scale, halves):
 def quantize_group(adjusted, target, upper, weight, codes, scales, errors):
     """Choose scales for a group, then codes one input after the other, each making up for the errors before it.
 
-    adjusted float32[rows, n]: the weights plus what the groups before ask for; target float32[rows, n]: the weights.
+    adjusted float32[rows, n]: what would make up best for the groups before; target float32[rows, n]: the weights.
     upper float32[n, n]: unit upper triangular factor A of the Hessian A D A^T; weight float32[n]: of a squared error.
     Fills codes uint8[rows, n] (zero point added), scales uint16[rows] (float16 bits), errors float32[rows, n]
     (target - dequantized).
@@ -105,8 +105,8 @@ def quantize_group(adjusted, target, upper, weight, codes, scales, errors):
             for r in range(m):
                 q = min(max((x[j, r] * inverse[r] + ROUND) - ROUND, _LOW), _HIGH)
                 codes[first + r, j] = np.uint8(q + _ZERO)
-                error[r] = target[first + r, j] - q * scale[r]
-                errors[first + r, j] = error[r]
+                error[r] = adjusted[first + r, j] - q * scale[r]
+                errors[first + r, j] = target[first + r, j] - q * scale[r]
             for i in range(j + 1, n):
                 a = upper[j, i]
                 for r in range(LANES):
