@@ -24,6 +24,7 @@ from .checkpoint import read_small
 BUILTIN, SELF = "builtin", "self"
 SEQUENCE_TOKENS = 512
 DEFAULT_TOKENS = 32_768
+_FEWEST_TOKENS = 64
 _BUILTIN_TEXT = Path(__file__).parent / "calibration_text"
 _MAX_TEXT_BYTES = 64 << 20
 
@@ -72,30 +73,31 @@ class CalibrationText:
     ) -> Calibration:
         """`sample(sequences, length)` gives int32[sequences, length] of the model's own text."""
         length = min(SEQUENCE_TOKENS, config.max_position_embeddings)
-        share = max(1, round(self.tokens / length / len(self._texts)))
-        parts = []
-        for label, text in self._texts:
-            if text is None:
-                parts.append(sample(share, length))
-            else:
-                assert tokenizer is not None
-                parts.append(_sequences(label, text, tokenizer, config, share, length))
-        width = min(part.shape[1] for part in parts)  # a short text of the user's has one short sequence
-        ids = np.concatenate([part[:, :width] for part in parts])
-        return Calibration(np.ascontiguousarray(ids, np.int32), tuple(label for label, _ in self._texts))
+        read = [
+            None if text is None else _encode(label, text, tokenizer, config, length) for label, text in self._texts
+        ]
+        bos = [] if tokenizer is None or tokenizer.bos_id is None else [tokenizer.bos_id]
+        bos = [token for token in bos if token < config.vocab_size and length > 1]
+        # All sequences are equally long: as long as the shortest text, if that is short.
+        length = min([length, *(len(bos) + len(tokens) for tokens in read if tokens is not None)])
+        share = max(1, round(self.tokens / length / len(read)))
+        parts = [sample(share, length) if tokens is None else _sequences(tokens, bos, share, length) for tokens in read]
+        ids = np.ascontiguousarray(np.concatenate(parts), np.int32)
+        return Calibration(ids, tuple(label for label, _ in self._texts))
 
 
-def _sequences(
-    label: str, text: str, tokenizer: Tokenizer, config: LlamaConfig, wanted: int, length: int
-) -> np.ndarray:
-    """At most `wanted` sequences of `length`, which do not overlap, spread evenly over the text."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+def _encode(label: str, text: str, tokenizer: Tokenizer | None, config: LlamaConfig, length: int) -> list[int]:
+    """The text's tokens, without those that the model does not have."""
+    assert tokenizer is not None
     tokens = [token for token in tokenizer.encode(text, add_special_tokens=False) if token < config.vocab_size]
-    bos = [token for token in bos if token < config.vocab_size]
-    body = length - len(bos)
-    if len(tokens) < min(body, 64):
+    if len(tokens) < min(length, _FEWEST_TOKENS):
         raise ConvertError(f"calibration text {label}: {len(tokens)} tokens are too few; give at least {length}")
-    body = min(body, len(tokens))
+    return tokens
+
+
+def _sequences(tokens: list[int], bos: list[int], wanted: int, length: int) -> np.ndarray:
+    """At most `wanted` sequences of `length`, which do not overlap, spread evenly over the text."""
+    body = length - len(bos)
     n = min(wanted, len(tokens) // body)
     starts = [i * (len(tokens) - body) // max(1, n - 1) for i in range(n)]
     return np.array([bos + tokens[start : start + body] for start in starts], np.int32)
@@ -103,7 +105,7 @@ def _sequences(
 
 def _label(source: str | os.PathLike[str]) -> str:
     text = os.fspath(source)
-    return text if text in (BUILTIN, SELF) else Path(text).name
+    return text if text in (BUILTIN, SELF) else Path(text).expanduser().resolve().name
 
 
 def _read(source: str) -> str | None:

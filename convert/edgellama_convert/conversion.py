@@ -124,7 +124,7 @@ def convert(
             check_calibration_memory(max_ram, memory_needed(config, SEQUENCE_TOKENS))
             state = _work_state(checkpoint, _hashed_files(origin.folder, files), text, lm_head_bits)
             folder = stack.enter_context(WorkFolder(destination, state))
-            used = _calibration_ids(text, folder, origin.folder, config, files, n_threads)
+            used = _calibration_ids(text, folder, origin.folder, config, files, max_ram, n_threads)
             extra["calibration"] = used.summary()
             layers = CalibratedLayers(
                 checkpoint,
@@ -357,6 +357,7 @@ def _calibration_ids(
     source: Path,
     config: LlamaConfig,
     files: Mapping[str, bytes],
+    max_ram: int | None,
     n_threads: int,
 ) -> Calibration:
     """The token ids, or those that were chosen before the conversion was killed."""
@@ -369,9 +370,9 @@ def _calibration_ids(
         raise ConvertError(f"the source has no tokenizer to read calibration text with: use --calibration {SELF}")
 
     def own_text(sequences: int, length: int) -> np.ndarray:
-        if not folder.exists(_OWN_TEXT):
+        if not folder.is_whole(_OWN_TEXT):
             draft = folder.path / f"draft{SUFFIX}"
-            convert(source, draft, method="search", n_threads=n_threads, receipt=False)
+            convert(source, draft, method="search", max_ram=max_ram, n_threads=n_threads, receipt=False)
             bos = config.bos_token_id if tokenizer is None else tokenizer.bos_id
             bos = bos if bos is not None and 0 <= bos < config.vocab_size else None
             folder.save_arrays(_OWN_TEXT, {"ids": sample(draft, sequences, length, bos, n_threads)})

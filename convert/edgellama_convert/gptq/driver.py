@@ -10,6 +10,7 @@ Knows the order of things; `layer` has the forward pass, `solve` the arithmetic 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -69,13 +70,19 @@ class CalibratedLayers:
     def run(self) -> None:
         """Do the layers that the work folder lacks."""
         done, layers = self._work.layers_done(), self._config.num_hidden_layers
-        if 0 < done < layers and not self._work.exists(f"x-{done:05d}.quantized"):
+        nbytes = 4 * self._ids.size * self._config.hidden_size
+        inputs = f"x-{done:05d}.source", f"x-{done:05d}.quantized"
+        if done < layers and any(self._work.nbytes(name) != nbytes for name in inputs):
             done = 0
         for i in range(done):
-            self._on_weights(sum(self._tensor(i, name).shape[0] * self._tensor(i, name).shape[1] for name in MATRICES))
-        if done == 0:
-            self._embed()
-        with ThreadPoolExecutor(self._n_threads, thread_name_prefix="gptq") as pool:
+            self._on_weights(sum(math.prod(self._tensor(i, name).shape) for name in MATRICES))
+        with (
+            ThreadPoolExecutor(self._n_threads, thread_name_prefix="gptq") as pool,
+            np.errstate(over="ignore", invalid="ignore"),  # `_quantize` looks at what comes of it
+        ):
+            if done == 0:
+                self._work.discard("layer-*")
+                self._embed()
             for i in range(done, layers):
                 self._layer(i, pool)
                 self._work.discard(f"x-{i:05d}.*")
@@ -120,12 +127,11 @@ class CalibratedLayers:
 
     @contextlib.contextmanager
     def _streams(self, name: str, width: int) -> Iterator[tuple[Stream, Stream]]:
-        streams = [self._work.stream(f"{name}.{which}", width) for which in ("source", "quantized")]
-        try:
-            yield streams[0], streams[1]
-        finally:
-            for stream in streams:
-                stream.close()
+        with (
+            self._work.stream(f"{name}.source", width) as source,
+            self._work.stream(f"{name}.quantized", width) as quantized,
+        ):
+            yield source, quantized
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
         for first in range(0, self._ids.size, self._chunk):
@@ -134,7 +140,7 @@ class CalibratedLayers:
     # -- one layer -----------------------------------------------------------------------------------------------
 
     def _layer(self, i: int, pool: ThreadPoolExecutor) -> None:
-        config, math = self._config, self._math
+        config, parts = self._config, self._math
         hidden, width, wide = config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size
         norm = self._vector(f"model.layers.{i}.input_layernorm.weight")
         norm2 = self._vector(f"model.layers.{i}.post_attention_layernorm.weight")
@@ -152,7 +158,7 @@ class CalibratedLayers:
         ):
             moments = Moments.zeros(hidden, hidden)
             for first, last in self._chunks():
-                source, quantized = (math.norm(stream.read(first, last), norm) for stream in x)
+                source, quantized = (parts.norm(stream.read(first, last), norm) for stream in x)
                 moments.add(quantized, source - quantized)
             qkv = self._linears(i, QKV)
             models = list(qkv.values()), quantize(qkv, moments, of_output=False)
@@ -160,8 +166,8 @@ class CalibratedLayers:
             moments, output = Moments.zeros(width, hidden), self._linears(i, [O])
             for first, last in self._chunks():
                 before = [stream.read(first, last) for stream in x]
-                normed = [math.norm(h, norm) for h in before]
-                inputs = [math.attention(q(h), k(h), v(h)) for h, (q, k, v) in zip(normed, models, strict=True)]
+                normed = [parts.norm(h, norm) for h in before]
+                inputs = [parts.attention(q(h), k(h), v(h)) for h, (q, k, v) in zip(normed, models, strict=True)]
                 attended.write(first, inputs[1])
                 middle[0].write(first, _source_output(moments, output[O], before, inputs))
             (o,) = quantize(output, moments, of_output=True)
@@ -170,7 +176,7 @@ class CalibratedLayers:
             for first, last in self._chunks():
                 h = x[1].read(first, last) + o(attended.read(first, last))
                 middle[1].write(first, h)
-                source, quantized = (math.norm(each, norm2) for each in (middle[0].read(first, last), h))
+                source, quantized = (parts.norm(each, norm2) for each in (middle[0].read(first, last), h))
                 moments.add(quantized, source - quantized)
             gate_up = self._linears(i, (GATE, UP))
             models = list(gate_up.values()), quantize(gate_up, moments, of_output=False)
@@ -178,8 +184,8 @@ class CalibratedLayers:
             moments, output = Moments.zeros(wide, hidden), self._linears(i, [DOWN])
             for first, last in self._chunks():
                 before = [stream.read(first, last) for stream in middle]
-                normed = [math.norm(h, norm2) for h in before]
-                inputs = [math.gated(gate(h), up(h)) for h, (gate, up) in zip(normed, models, strict=True)]
+                normed = [parts.norm(h, norm2) for h in before]
+                inputs = [parts.gated(gate(h), up(h)) for h, (gate, up) in zip(normed, models, strict=True)]
                 gated.write(first, inputs[1])
                 following[0].write(first, _source_output(moments, output[DOWN], before, inputs))
             del models, gate_up, qkv, before, normed, inputs  # memory is tightest now
@@ -202,7 +208,7 @@ class CalibratedLayers:
         pool: ThreadPoolExecutor,
     ) -> list[Linear]:
         """Quantize matrices that share their input; their codes go into `results`. Uses `moments` up."""
-        if not np.isfinite(np.diagonal(moments.hessian)).all():
+        if not (np.isfinite(np.diagonal(moments.hessian)).all() and np.isfinite(moments.lack).all()):
             raise ConvertError(f"layer {i}: its activations are not finite; the checkpoint is damaged")
         moments.complete()
         targets = [shift(linear.weight, moments.lack, of_output) for linear in linears.values()]

@@ -74,7 +74,7 @@ class Factor:
         while True:
             np.fill_diagonal(hessian, diagonal + np.float32(damping * mean))
             try:
-                self.r, self._inverses = _factor(hessian)
+                self.r, self.inverses = _factor(hessian)
                 break
             except np.linalg.LinAlgError:
                 damping *= 4
@@ -84,10 +84,10 @@ class Factor:
         """b H^-1 in place of `b`, float32[rows, in]."""
         r = self.r
         blocks = list(_blocks(len(r)))
-        for (begin, end), inverse in zip(reversed(blocks), reversed(self._inverses), strict=True):
+        for (begin, end), inverse in zip(reversed(blocks), reversed(self.inverses), strict=True):
             b[:, begin:end] -= b[:, end:] @ r[begin:end, end:].T
             b[:, begin:end] = b[:, begin:end] @ inverse.T
-        for (begin, end), inverse in zip(blocks, self._inverses, strict=True):
+        for (begin, end), inverse in zip(blocks, self.inverses, strict=True):
             b[:, begin:end] -= b[:, :begin] @ r[:begin, begin:end]
             b[:, begin:end] = b[:, begin:end] @ inverse
 
@@ -123,7 +123,7 @@ def quantize_matrix(target: np.ndarray, factor: Factor, pool: ThreadPoolExecutor
     for g, (begin, end) in enumerate(groups):
         here = slice(begin, end)
         unit = r[here, here] / diagonal[here]
-        adjusted = target[:, here] + (errors[:, :begin] @ r[:begin, here]) / diagonal[here]
+        adjusted = target[:, here] + (errors[:, :begin] @ r[:begin, here]) @ factor.inverses[g]
 
         def choose(i: int, j: int, g: int = g, here: slice = here, adjusted=adjusted, unit=unit) -> None:
             quantize_group(
@@ -139,7 +139,9 @@ def quantize_matrix(target: np.ndarray, factor: Factor, pool: ThreadPoolExecutor
             block = np.ascontiguousarray(hessian[here, here])
 
             def refine(i: int, j: int, g: int = g, here: slice = here, gradient=gradient, block=block) -> None:
-                refine_group(gradient[i:j], block, codes[i:j, here], scales[g, i:j], errors[i:j, here])
+                refine_group(
+                    gradient[i:j], target[i:j, here], block, codes[i:j, here], scales[g, i:j], errors[i:j, here]
+                )
 
             _each_part(pool, rows, refine)
     return Codes(codes, np.ascontiguousarray(scales.T).view(np.float16), errors)
