@@ -21,10 +21,9 @@ import xxhash
 from edgellama import __version__
 from edgellama.backends.cpu.threads import default_threads
 from edgellama.config import LlamaConfig
-from edgellama.errors import ConvertError, FormatError, TokenizerError
+from edgellama.errors import ConvertError, TokenizerError
 from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, model_tensors
 from edgellama.format.schema import LM_HEAD_BITS
-from edgellama.format.strict_json import parse_object
 from edgellama.format.writer import check_replaceable
 from edgellama.quant import GROUP_SIZE, padded_shape
 
@@ -35,11 +34,12 @@ from .quantizers import METHODS, quantize
 from .receipt import Receipt, make_receipt
 from .report import ConvertReport
 from .resources import MIB, check_memory, plan_buffers, private_bytes
+from .siblings import MAX_CONFIG_BYTES, as_llama_files, model_type_of, open_checkpoint, read_raw_config, to_llama
 from .source import CONFIG_FILE, Source, resolve
+from .surgery import Model, operate
 from .weights import CheckpointWeights, StoredWeights
 
 SUFFIX = ".edgellama"
-MAX_CONFIG_BYTES = 1 * MIB
 MAX_FILE_BYTES = 32 * MIB
 """Of each tokenizer file; Llama-3's tokenizer.json has 9 MB."""
 _CODE_BITS = {"int4.g128": 4, "int8.g128": 8}
@@ -70,12 +70,15 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     receipt: bool = True,
     receipt_progress: Callable[[int, int], None] | None = None,
+    add_pad_token: str | None = None,
+    num_key_value_heads: int | None = None,
 ) -> ConvertReport:
     """Convert a hub id or a local folder into one `.edgellama` file, by default `./<name of the source>.edgellama`.
 
     method: "rtn" or "search". lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that the process may
     hold (RSS without pages of mapped files). progress(done, total) counts weights. receipt: measure the result against
-    the source and keep the figures in the file; receipt_progress(done, total) tells how far that is. Raises
+    the source and keep the figures in the file; receipt_progress(done, total) tells how far that is. add_pad_token: a
+    token with rows of zeros. num_key_value_heads: average neighbouring heads of keys and values to so many. Raises
     ConvertError, ConfigError or TokenizerError; the destination is then what it was before, or absent.
     """
     started = time.perf_counter()
@@ -83,13 +86,18 @@ def convert(
     origin = resolve(source, revision=revision, token=token, offline=offline)
     destination = Path(f"{origin.name.rsplit('/', 1)[-1]}{SUFFIX}" if out is None else out)
     check_destination(destination)
-    raw_config, config = read_config(origin.folder)
-    files = read_files(origin.folder)
-    warnings = check_tokenizer(files, config)
+    source_files = read_files(origin.folder)
+    model = operate(
+        Model(*read_config(origin.folder), as_llama_files(source_files, model_type_of(origin.folder))),
+        add_pad_token=add_pad_token,
+        num_key_value_heads=num_key_value_heads,
+    )
+    raw_config, config, files = model.raw, model.config, dict(model.files)
+    warnings = [*model.changes, *check_tokenizer(files, config)]
     for bits in {4, lm_head_bits} - {16}:
         quantize(np.zeros((1, 1), np.float32), bits, method)  # compiles, before memory is measured and time counted
 
-    with Checkpoint(origin.folder) as checkpoint:
+    with open_checkpoint(origin.folder, config, model.steps) as checkpoint:
         specs = model_tensors(config, lm_head_bits)
         plan = plan_tensors(config, specs, checkpoint.tensors)
         work = _Conversion(checkpoint, specs, plan, method, max_ram, n_threads, files, progress)
@@ -113,7 +121,9 @@ def convert(
                     progress=receipt_progress,
                 )
                 warnings += measured.warnings
-            provenance = _provenance(origin, checkpoint, raw_files=_hashed_files(origin.folder, files))
+            provenance = _provenance(origin, checkpoint, raw_files=_hashed_files(origin.folder, source_files))
+            if model.changes:
+                provenance["changes"] = list(model.changes)
             writer.finish(files, provenance, measured.stored)
         seconds = time.perf_counter() - started
         file_bytes = destination.stat().st_size
@@ -238,11 +248,8 @@ def check_destination(path: Path) -> None:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], LlamaConfig]:
-    """config.json verbatim, and understood."""
-    try:
-        raw = parse_object(read_small(folder / CONFIG_FILE, MAX_CONFIG_BYTES), CONFIG_FILE, 0)
-    except FormatError as error:
-        raise ConvertError(str(error)) from None
+    """config.json, verbatim or translated to a Llama's (`siblings`), and understood."""
+    raw = to_llama(read_raw_config(folder))
     return raw, LlamaConfig.from_dict(raw)
 
 

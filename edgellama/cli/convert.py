@@ -33,6 +33,19 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--lm-head-bits", type=int, default=8, choices=(4, 8, 16), help="bits of the output layer (default 8)"
     )
+    parser.add_argument(
+        "--add-pad-token",
+        nargs="?",
+        const="<pad>",
+        metavar="TOKEN",
+        help="a token to pad with (default <pad>); its rows are zero",
+    )
+    parser.add_argument(
+        "--num-key-value-heads",
+        type=options.positive_int,
+        metavar="N",
+        help="average the heads of keys and values to N",
+    )
     parser.add_argument("--no-receipt", action="store_true", help="do not measure the quality against the source")
     parser.add_argument("--max-ram", type=options.byte_size, metavar="SIZE", help="stay below this, e.g. 1.5G")
     parser.add_argument("--revision", metavar="REV", help="a hub branch, tag or commit")
@@ -74,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
                 progress=progress.update,
                 receipt=not args.no_receipt,
                 receipt_progress=measuring,
+                add_pad_token=args.add_pad_token,
+                num_key_value_heads=args.num_key_value_heads,
             )
         except KeyboardInterrupt:
             progress.close()

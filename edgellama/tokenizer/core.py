@@ -69,6 +69,11 @@ class Tokenizer:
             text = self._backend.decode(numbers, skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self._clean_up else text
 
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token's own string ("▁Hello"); None if there is no such token."""
+        with refusing("not a token"):
+            return self._backend.token_to_id(token)
+
     def stream(self, skip_special_tokens: bool = False, after: Sequence[int] = ()) -> StreamDecoder:
         """A decoder that takes one id at a time and never emits half a character.
 
