@@ -1,4 +1,4 @@
-"""Architectures that are Llama with other names: the same file as from the Llama itself, and transformers' own logits."""
+"""Architectures that are Llama with other names: the same file as from the Llama itself, transformers' own logits."""
 
 import json
 import re
@@ -84,7 +84,7 @@ SAME_FILE = {
     "internlm2 with biases": ({"attention_bias": True}, {"bias": True, "attention_bias": None}, fuse_internlm2),
     "internlm3": (
         {"attention_bias": True, "mlp_bias": True},
-        {"qkv_bias": True, "bias": True, "attention_bias": None, "mlp_bias": None},
+        {"qkv_bias": True, "bias": True, "attention_bias": None, "mlp_bias": None, "head_dim": 32},
         dict,
     ),
     "phi3": ({}, {"sliding_window": 4096, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, fuse_phi3),
@@ -101,18 +101,19 @@ def test_the_same_tensors_as_from_the_llama(name, tmp_path):
     folder = tmp_path / "sibling"
     folder.mkdir()
     changed = {**config, **own, "model_type": model_type, "architectures": [SIBLINGS[model_type].architecture]}
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in changed.items() if k != "rope_theta" or not own}))
+    if "rotary" in own:
+        del changed["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(changed))
     write_weights(folder, fuse(random_weights(config, 0)), dtype="float16", shards=3)
-    ours = convert(folder, tmp_path / "sibling.edgellama", max_ram=None)
+    convert(folder, tmp_path / "sibling.edgellama")
     convert(tmp_path / "llama", tmp_path / "llama.edgellama")
     got, read = tensors_of(tmp_path / "sibling.edgellama")
     want, llama_config = tensors_of(tmp_path / "llama.edgellama")
     assert got == want
-    same = "hidden_size num_key_value_heads head_dim attention_bias mlp_bias tie_word_embeddings rope rms_norm_eps"
-    for key in same.split():
-        if (model_type, key) != ("Yi", "rope") and (key, own) != ("rope", {"bias": False}):
-            assert getattr(read, key) == getattr(llama_config, key), key
-    assert read.raw["model_type"] == "llama" and ours.quality["kl_mean"] < 0.5
+    keys = "hidden_size num_key_value_heads head_dim attention_bias mlp_bias tie_word_embeddings rope rms_norm_eps"
+    for key in keys.split():
+        assert getattr(read, key) == getattr(llama_config, key), key
+    assert read.raw["model_type"] == "llama"
 
 
 def test_streams_of_few_rows_cross_the_borders_of_spans(tmp_path):
@@ -128,7 +129,11 @@ def test_streams_of_few_rows_cross_the_borders_of_spans(tmp_path):
     llama = LlamaConfig.from_dict(to_llama(config))
     q = [*range(0, 30), *range(50, 80)]
     with open_checkpoint(tmp_path, llama) as checkpoint:
-        for name, want in {"q": q, "k": [*range(30, 40), *range(80, 90)], "v": [*range(40, 50), *range(90, 100)]}.items():
+        for name, want in {
+            "q": q,
+            "k": [*range(30, 40), *range(80, 90)],
+            "v": [*range(40, 50), *range(90, 100)],
+        }.items():
             tensor = checkpoint.tensors[f"model.layers.0.self_attn.{name}_proj.weight"]
             assert tensor.shape == (len(want), 192)
             for step in (1, 7, 16, 100):
@@ -269,9 +274,7 @@ def test_what_computes_something_else_is_refused_by_name(name):
     keys, message = REFUSED[name]
     sizes = {key: DEFAULTS[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     with pytest.raises(ConfigError, match=re.escape(message)) as info:
-        LlamaConfig.from_dict(
-            to_llama({**sizes, "num_attention_heads": 8, "max_position_embeddings": 32768, **keys})
-        )
+        LlamaConfig.from_dict(to_llama({**sizes, "num_attention_heads": 8, "max_position_embeddings": 32768, **keys}))
     assert "\n" not in str(info.value) and len(str(info.value)) < 250
 
 

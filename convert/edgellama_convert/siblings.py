@@ -41,6 +41,8 @@ class Sibling:
     translate: Callable[[Raw], None] = lambda raw: None
     """Turns its own keys into Llama's, in place."""
     derive: Callable[[Mapping[str, SourceTensor], LlamaConfig], tuple[dict[str, Part], list[str]]] | None = None
+    aliases: list[str] | None = None
+    """`architectures` that mean the same beside this model_type."""
     tokenizer_as_it_is: bool = False
     """transformers runs its tokenizer.json unchanged, whatever class tokenizer_config.json names."""
 
@@ -235,6 +237,7 @@ SIBLINGS: dict[str, Sibling] = {
         "InternLM3ForCausalLM",
         {"num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "head_dim": 128},
         _internlm3,
+        aliases=["LlamaForCausalLM"],  # transformers runs it as a Llama, and saves that name
         tokenizer_as_it_is=True,
     ),
 }
@@ -278,7 +281,7 @@ def to_llama(raw: Mapping[str, Any]) -> Raw:
     if sibling is None:
         why = f": {REASONS[model_type]}" if model_type in REASONS else ""
         raise _refuse("model_type", f"{show(model_type)} is not supported{why} (llama, {', '.join(SIBLINGS)} are)")
-    if architectures and architectures != [sibling.architecture]:
+    if architectures and architectures not in ([sibling.architecture], sibling.aliases):
         found = architectures[0] if isinstance(architectures, list) else architectures
         raise _refuse("architectures", f"{show(found)} is not supported ({sibling.architecture} is)")
     result = {**sibling.defaults, **raw}
