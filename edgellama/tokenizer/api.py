@@ -245,7 +245,11 @@ class Tokenizer(SpecialTokens):
     ) -> Truncation | None:
         if truncation is None:
             truncation = "longest_first" if max_length is not None and padding is False else "do_not_truncate"
-        strategy = {True: "longest_first", False: "do_not_truncate"}.get(truncation, truncation)  # type: ignore[call-overload]
+        strategy = (
+            {True: "longest_first", False: "do_not_truncate"}[truncation]
+            if isinstance(truncation, bool)
+            else truncation
+        )
         _one_of("truncation", strategy, TRUNCATIONS)
         limit = self.model_max_length if max_length is None else _natural("max_length", max_length)
         if strategy == "do_not_truncate" or (max_length is None and limit > NO_LIMIT):
@@ -256,7 +260,7 @@ class Tokenizer(SpecialTokens):
     def _padding(
         self, padding: bool | str, max_length: int | None, multiple_of: int | None, side: str | None
     ) -> Padding | None:
-        strategy = {True: "longest", False: "do_not_pad"}.get(padding, padding)  # type: ignore[call-overload]
+        strategy = {True: "longest", False: "do_not_pad"}[padding] if isinstance(padding, bool) else padding
         _one_of("padding", strategy, PADDINGS)
         side = self.padding_side if side is None else side
         _one_of("padding_side", side, SIDES)

@@ -71,6 +71,11 @@ class CoreTokenizer:
             text = self._backend.decode(numbers, skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self._clean_up else text
 
+    @property
+    def decoder_fields(self) -> dict | None:
+        """The decoder's JSON; None without one."""
+        return self._decoder
+
     def token_to_id(self, token: str) -> int | None:
         """The id of a token's own string ("▁Hello"); None if there is no such token."""
         with refusing("not a token"):

@@ -59,7 +59,7 @@ class SpecialTokens(CoreTokenizer):
     cls_token, cls_token_id = _Named(), _NamedId()
     mask_token, mask_token_id = _Named(), _NamedId()
 
-    def _name_token(self, name: str, value: Token | None) -> None:
+    def _name_token(self, name: str, value: Any) -> None:
         if value is None:
             self.special_tokens.pop(name, None)
         else:
@@ -170,12 +170,12 @@ class SpecialTokens(CoreTokenizer):
             tokens += [AddedToken(t, normalized=False, special=True) if isinstance(t, str) else t for t in given]
         added = self.add_tokens(tokens, special_tokens=True)
         for key, value in wanted.items():
-            if key == "extra_special_tokens":
-                contents = [getattr(each, "content", each) for each in value]  # type: ignore[union-attr]
+            if isinstance(value, list | tuple):
+                contents: list[str] = [getattr(each, "content", each) for each in value]
                 kept = [] if replace_extra_special_tokens and contents else self.extra_special_tokens
                 self.extra_special_tokens = [*kept, *(each for each in contents if each not in kept)]
             else:
-                setattr(self, key, value) if key in NAMED_TOKENS else self._name_token(key, value)  # type: ignore[arg-type]
+                self._name_token(key, value)
         return added
 
     # -- around a text -------------------------------------------------------------------------------------------
