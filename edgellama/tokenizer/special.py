@@ -171,7 +171,7 @@ class SpecialTokens(CoreTokenizer):
         added = self.add_tokens(tokens, special_tokens=True)
         for key, value in wanted.items():
             if isinstance(value, list | tuple):
-                contents: list[str] = [getattr(each, "content", each) for each in value]
+                contents = [str(getattr(each, "content", each)) for each in value]
                 kept = [] if replace_extra_special_tokens and contents else self.extra_special_tokens
                 self.extra_special_tokens = [*kept, *(each for each in contents if each not in kept)]
             else:

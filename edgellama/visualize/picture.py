@@ -47,7 +47,7 @@ def draw(attention: Attention, path: str | os.PathLike[str]) -> None:
     step = int(np.ceil(_SMALLEST / room))  # of more tokens, every so many are labelled
     families, known = _fonts({c for label in attention.labels for c in label})
     labels = [fitted(_spelt(label, known), _LONGEST).rstrip() for label in attention.labels]
-    side = max(2.5, n * cell) + 0.6 + 0.1 * max(map(len, labels))
+    side = max(3.6, n * cell) + 0.6 + 0.1 * max(map(len, labels))
     figure = Figure(figsize=(side + (0.9 if attention.weights is not None else 0.0), side + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
