@@ -185,7 +185,7 @@ GOLDEN_SEARCH = ["440173163afb3331", "ea8978a9fa3153b1"]
 def test_the_kernel_is_right_before_it_is_compiled(bits, monkeypatch):
     """The same functions run by Python, on a little: a failure here is the algorithm's, not the compiler's."""
     for name in (
-        "_to_half _from_half _absmax_bits _correlate _squared_error _sum_of_squares _search_scale _encode _pack"
+        "to_half from_half _absmax_bits _correlate _squared_error _sum_of_squares _search_scale _encode _pack"
     ).split():
         monkeypatch.setattr(quantizers, name, getattr(quantizers, name).py_func)
     weights = np.zeros((16, 128), np.float32)
@@ -203,13 +203,13 @@ def test_half_conversion_is_ieee():
     """Every float16 and its neighbourhood, both ways, against NumPy."""
     halves = np.arange(0x7C00, dtype=np.uint16)
     values = halves.view(np.float16).astype(np.float32)
-    ours = np.array([quantizers._from_half(h) for h in halves[::7]], np.float32)
+    ours = np.array([quantizers.from_half(h) for h in halves[::7]], np.float32)
     np.testing.assert_array_equal(ours, values[::7])
     between = ((values[:-1].astype(np.float64) + values[1:]) / 2).astype(np.float32)
     for probe in (values, between, np.nextafter(between, np.float32(0)), -np.nextafter(between, np.float32(1e9))):
         part = probe[::13]
         want = part.astype(np.float16).view(np.uint16)
-        np.testing.assert_array_equal(np.array([quantizers._to_half(x) for x in part], np.uint16), want)
+        np.testing.assert_array_equal(np.array([quantizers.to_half(x) for x in part], np.uint16), want)
     for x in (65519.0, 65520.0, 1e30):
         with np.errstate(over="ignore"):
-            assert quantizers._to_half(np.float32(x)) == np.float32(x).astype(np.float16).view(np.uint16)
+            assert quantizers.to_half(np.float32(x)) == np.float32(x).astype(np.float16).view(np.uint16)

@@ -116,6 +116,20 @@ def test_the_same_tensors_as_from_the_llama(name, tmp_path):
     assert read.raw["model_type"] == "llama"
 
 
+@pytest.mark.parametrize("name", ["internlm2", "phi3"])
+def test_heads_of_a_fused_matrix_are_pooled(name, tmp_path):
+    """Cut out of wqkv or qkv_proj as the source's config says, then averaged."""
+    config = make_checkpoint(tmp_path / "llama", num_key_value_heads=KV_HEADS)
+    (tmp_path / "sibling").mkdir()
+    changed = {**config, "model_type": name, "architectures": [SIBLINGS[name].architecture]}
+    changed |= {"bias": False} if name == "internlm2" else {}
+    (tmp_path / "sibling" / "config.json").write_text(json.dumps(changed))
+    write_weights(tmp_path / "sibling", SAME_FILE[name][2](random_weights(config, 0)), dtype="float16")
+    for folder in ("llama", "sibling"):
+        convert(tmp_path / folder, tmp_path / f"{folder}.edgellama", num_key_value_heads=1, add_pad_token=None)
+    assert tensors_of(tmp_path / "sibling.edgellama")[0] == tensors_of(tmp_path / "llama.edgellama")[0]
+
+
 def test_streams_of_few_rows_cross_the_borders_of_spans(tmp_path):
     """Slabs of one row block, which no span of a fused tensor is a multiple of."""
     config = {**DEFAULTS, "head_dim": 10, "num_hidden_layers": 1, "bias": False}

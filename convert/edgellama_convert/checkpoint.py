@@ -161,6 +161,10 @@ class SafetensorsFile:
         except OSError as error:
             raise ConvertError(f"{self.name}: cannot read tensor {_quote(tensor.name)}: {error.strerror}") from None
 
+    def identity(self) -> list[object]:
+        """JSON values that change when the file does, without reading it: header, size, time of the last change."""
+        return [xxhash.xxh3_128_hexdigest(self._header_bytes), self.size, os.fstat(self._file.fileno()).st_mtime_ns]
+
     def set_hash(self, name: str, digest: bytes) -> None:
         self._hashes[name] = digest
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,26 @@ from edgellama.format.schema import LM_HEAD_BITS
 from edgellama.format.writer import check_replaceable
 from edgellama.quant import GROUP_SIZE, padded_shape
 
+from .calibration import BUILTIN, SELF, SEQUENCE_TOKENS, Calibration, CalibrationText
 from .checkpoint import Checkpoint, SourceTensor, read_small
+from .gptq import CalibratedLayers, WorkFolder, memory_needed
 from .names import Plan, plan_tensors, refuse_untied
 from .pipeline import Pipeline
 from .quantizers import METHODS, quantize
 from .receipt import Receipt, make_receipt
 from .report import ConvertReport
-from .resources import MIB, check_memory, plan_buffers, private_bytes
+from .resources import MIB, check_calibration_memory, check_memory, plan_buffers, private_bytes
+from .self_text import sample
 from .siblings import MAX_CONFIG_BYTES, as_llama_files, model_type_of, open_checkpoint, read_raw_config, to_llama
 from .source import CONFIG_FILE, Source, resolve
 from .surgery import Model, operate
 from .weights import CheckpointWeights, StoredWeights
 
 SUFFIX = ".edgellama"
+GPTQ = "gptq"
 MAX_FILE_BYTES = 32 * MIB
 """Of each tokenizer file; Llama-3's tokenizer.json has 9 MB."""
+_OWN_TEXT = "own-text.npz"
 _CODE_BITS = {"int4.g128": 4, "int8.g128": 8}
 
 
@@ -62,6 +67,8 @@ def convert(
     *,
     method: str = "search",
     lm_head_bits: int = 8,
+    calibration: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = BUILTIN,
+    calibration_tokens: int | None = None,
     max_ram: int | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -75,37 +82,65 @@ def convert(
 ) -> ConvertReport:
     """Convert a hub id or a local folder into one `.edgellama` file, by default `./<name of the source>.edgellama`.
 
-    method: "rtn" or "search". lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that the process may
-    hold (RSS without pages of mapped files). progress(done, total) counts weights. receipt: measure the result against
-    the source and keep the figures in the file; receipt_progress(done, total) tells how far that is. add_pad_token: a
-    token with rows of zeros. num_key_value_heads: average neighbouring heads of keys and values to so many. Raises
-    ConvertError, ConfigError or TokenizerError; the destination is then what it was before, or absent.
+    method: "rtn", "search" or "gptq", which is calibrated with about `calibration_tokens` tokens of text: "builtin",
+    "self" (the model's own), a text file or a folder of such, or several of these. It works in a hidden folder beside
+    `out`, and goes on there if it was killed. lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that
+    the process may hold (RSS without pages of mapped files). progress(done, total) counts weights. receipt: measure the
+    result against the source and keep the figures in the file; receipt_progress(done, total) tells how far that is.
+    add_pad_token: a token with rows of zeros. num_key_value_heads: average neighbouring heads of keys and values to so
+    many. Raises ConvertError, ConfigError or TokenizerError; the destination is then what it was before, or absent.
     """
     started = time.perf_counter()
     n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)
+    text = None
+    if method == GPTQ:
+        names = [calibration] if isinstance(calibration, str | os.PathLike) else calibration
+        text = CalibrationText(names, calibration_tokens)
     origin = resolve(source, revision=revision, token=token, offline=offline)
     destination = Path(f"{origin.name.rsplit('/', 1)[-1]}{SUFFIX}" if out is None else out)
     check_destination(destination)
+    source_raw, source_config = read_config(origin.folder)
     source_files = read_files(origin.folder)
     model = operate(
-        Model(*read_config(origin.folder), as_llama_files(source_files, model_type_of(origin.folder))),
+        Model(source_raw, source_config, as_llama_files(source_files, model_type_of(origin.folder))),
         add_pad_token=add_pad_token,
         num_key_value_heads=num_key_value_heads,
     )
     raw_config, config, files = model.raw, model.config, dict(model.files)
     warnings = [*model.changes, *check_tokenizer(files, config)]
+    plain_method = "search" if method == GPTQ else method  # of what is not calibrated
     for bits in {4, lm_head_bits} - {16}:
-        quantize(np.zeros((1, 1), np.float32), bits, method)  # compiles, before memory is measured and time counted
+        quantize(np.zeros((1, 1), np.float32), bits, plain_method)  # compiles, before memory is measured, time counted
 
-    with open_checkpoint(origin.folder, config, model.steps) as checkpoint:
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(origin.folder, source_config, model.steps))
         specs = model_tensors(config, lm_head_bits)
         plan = plan_tensors(config, specs, checkpoint.tensors)
-        work = _Conversion(checkpoint, specs, plan, method, max_ram, n_threads, files, progress)
+        work = _Conversion(checkpoint, specs, plan, plain_method, max_ram, n_threads, files, progress)
+        stack.enter_context(work.pipeline)
+        extra: dict[str, Any] = {}
+        work_started = time.perf_counter()
+        work.compare_tied()
+        if text is not None:
+            check_calibration_memory(max_ram, memory_needed(config, SEQUENCE_TOKENS))
+            state = _work_state(checkpoint, _hashed_files(origin.folder, source_files), text, lm_head_bits)
+            state["changes"] = list(model.changes)
+            folder = stack.enter_context(WorkFolder(destination, state))
+            used = _calibration_ids(text, folder, origin.folder, config, files, n_threads)
+            extra["calibration"] = used.summary()
+            layers = CalibratedLayers(
+                checkpoint,
+                config,
+                used.ids,
+                folder,
+                embedding_bits=lm_head_bits if config.tie_word_embeddings else 16,
+                n_threads=n_threads,
+                on_weights=work.on_weights,
+            )
+            work.calibrate(layers)
         # Where the checkpoint once lay on someone's disk is nobody's business.
         stored_config = {key: value for key, value in raw_config.items() if key != "_name_or_path"}
-        with work.pipeline, ModelWriter(destination, stored_config, lm_head_bits=lm_head_bits, method=method) as writer:
-            work_started = time.perf_counter()
-            work.compare_tied()
+        with ModelWriter(destination, stored_config, lm_head_bits=lm_head_bits, method=method, **extra) as writer:
             for spec in specs:
                 writer.write(spec.name, work.data(spec))
             work_seconds = time.perf_counter() - work_started
@@ -115,7 +150,12 @@ def convert(
                     CheckpointWeights(config, checkpoint, plan),
                     StoredWeights.of_writer(writer),
                     files,
-                    {"method": method, "calibration": None, "source": origin.name, "commit": origin.commit},
+                    {
+                        "method": method,
+                        "calibration": extra.get("calibration"),
+                        "source": origin.name,
+                        "commit": origin.commit,
+                    },
                     n_threads,
                     max_ram=max_ram,
                     progress=receipt_progress,
@@ -125,6 +165,8 @@ def convert(
             if model.changes:
                 provenance["changes"] = list(model.changes)
             writer.finish(files, provenance, measured.stored)
+        if text is not None:
+            folder.remove()
         seconds = time.perf_counter() - started
         file_bytes = destination.stat().st_size
         errors = {name: error.relative_rms for name, error in work.pipeline.errors.items()}
@@ -175,6 +217,7 @@ class _Conversion:
         self.done = 0
         self.peak_rss = private_bytes()
         self.scales: dict[str, np.ndarray] = {}
+        self.layers: CalibratedLayers | None = None
         buffers = plan_buffers(
             max_ram,
             widest=max(tensor.shape[-1] for tensor in tensors.values() if len(tensor.shape) == 2),
@@ -182,9 +225,10 @@ class _Conversion:
             held_bytes=_held_bytes(specs) + sum(len(data) for data in files.values()),
             n_threads=n_threads,
         )
-        self.pipeline = Pipeline(checkpoint, buffers, n_threads, self._on_weights)
+        self.pipeline = Pipeline(checkpoint, buffers, n_threads, self.on_weights)
 
-    def _on_weights(self, n: int) -> None:
+    def on_weights(self, n: int) -> None:
+        """Count `n` weights as done, and look at the memory."""
         held = private_bytes()
         check_memory(self.max_ram, held)
         if held is not None:
@@ -192,9 +236,17 @@ class _Conversion:
         self.done += n
         self.progress(self.done, self.total)
 
+    def calibrate(self, layers: CalibratedLayers) -> None:
+        """Quantize the layers' matrices; `data` takes them from there."""
+        layers.run()
+        self.layers = layers
+
     def data(self, spec: TensorSpec) -> Iterator[np.ndarray] | np.ndarray:
         """What the file stores of one tensor, in pieces that are valid until the next is asked for."""
         tensor = self.plan.sources[spec.name]
+        if self.layers is not None and spec.name.endswith((".qweight", ".scales")) and ".layers." in spec.name:
+            self.pipeline.errors[tensor.name] = self.layers.error(tensor)
+            return self.layers.codes(tensor) if spec.name.endswith(".qweight") else self.layers.scales(tensor)
         if spec.layout in _CODE_BITS:
             n, k = padded_shape(*spec.shape)
             scales = np.empty((n // 16, k // GROUP_SIZE, 16), np.float16)
@@ -214,7 +266,7 @@ class _Conversion:
             raise ConvertError(
                 f"tensor {tensor.name}: value [{bad}] is {values[bad]:g}; the checkpoint is damaged, download it again"
             )
-        self._on_weights(values.size)
+        self.on_weights(values.size)
         return values
 
     def compare_tied(self) -> None:
@@ -225,8 +277,8 @@ class _Conversion:
 
 def _check_options(method: str, lm_head_bits: int, max_ram: int | None, n_threads: int | None) -> int:
     """The number of threads, all options being valid."""
-    if method not in METHODS:
-        raise ConvertError(f"method {method!r} is unknown: it is one of {', '.join(METHODS)}")
+    if method not in (*METHODS, GPTQ):
+        raise ConvertError(f"method {method!r} is unknown: it is one of {', '.join((*METHODS, GPTQ))}")
     if lm_head_bits not in LM_HEAD_BITS:
         raise ConvertError(f"lm_head_bits {lm_head_bits!r} is not possible: it is one of 4, 8, 16")
     if max_ram is not None and max_ram <= 0:
@@ -275,6 +327,49 @@ def check_tokenizer(files: Mapping[str, bytes], config: LlamaConfig) -> list[str
             "the last ones cannot be used"
         ]
     return []
+
+
+def _work_state(
+    checkpoint: Checkpoint, raw_files: Mapping[str, bytes], text: CalibrationText, lm_head_bits: int
+) -> dict[str, Any]:
+    """What unfinished work depends on: with any of this different, it is begun anew."""
+    return {
+        "converter": __version__,
+        "weights": {name: file.identity() for name, file in checkpoint.files.items()},
+        "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in raw_files.items()},
+        "calibration": text.state(),
+        "lm_head_bits": lm_head_bits,
+    }
+
+
+def _calibration_ids(
+    text: CalibrationText,
+    folder: WorkFolder,
+    source: Path,
+    config: LlamaConfig,
+    files: Mapping[str, bytes],
+    n_threads: int,
+) -> Calibration:
+    """The token ids, or those that were chosen before the conversion was killed."""
+    tokenizer = None
+    if "tokenizer.json" in files or "tokenizer.model" in files:
+        from edgellama.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(files, config)
+    elif text.needs_tokenizer:
+        raise ConvertError(f"the source has no tokenizer to read calibration text with: use --calibration {SELF}")
+
+    def own_text(sequences: int, length: int) -> np.ndarray:
+        if not folder.exists(_OWN_TEXT):
+            draft = folder.path / f"draft{SUFFIX}"
+            convert(source, draft, method="search", n_threads=n_threads, receipt=False)
+            bos = config.bos_token_id if tokenizer is None else tokenizer.bos_id
+            bos = bos if bos is not None and 0 <= bos < config.vocab_size else None
+            folder.save_arrays(_OWN_TEXT, {"ids": sample(draft, sequences, length, bos, n_threads)})
+            draft.unlink()
+        return folder.load_array(_OWN_TEXT, "ids")
+
+    return text.ids(config, tokenizer, own_text)
 
 
 def _held_bytes(specs: Sequence[TensorSpec]) -> int:

@@ -64,7 +64,7 @@ class Pipeline:
             packed = packed[row // ROW_BLOCK : row // ROW_BLOCK + blocks]
             bad = quantize_into(padded, bits, method, packed, scale_bits[here], sums[here])
             if bad is not None:
-                raise _bad_weight(tensor, first + row + bad[0], bad[1], padded[bad])
+                raise bad_weight(tensor, first + row + bad[0], bad[1], padded[bad])
 
         for slab, rows in self._stream(tensor, out, work):
             yield slab[: -(-rows // ROW_BLOCK)]
@@ -87,7 +87,7 @@ class Pipeline:
             finite = np.isfinite(here)
             if not finite.all():
                 bad = np.unravel_index(int(np.argmin(finite)), here.shape)
-                raise _bad_weight(tensor, first + row + int(bad[0]), int(bad[1]), values[bad])
+                raise bad_weight(tensor, first + row + int(bad[0]), int(bad[1]), values[bad])
             if raw.dtype != np.float16:  # float16 is kept exactly
                 rows = sums[first + row : first + row + len(raw)]
                 rows[:, 1] = np.square(values, dtype=np.float64).sum(axis=1)
@@ -156,7 +156,8 @@ class Pipeline:
         self.close()
 
 
-def _bad_weight(tensor: SourceTensor, row: int, column: int, value: float) -> ConvertError:
+def bad_weight(tensor: SourceTensor, row: int, column: int, value: float) -> ConvertError:
+    """The error for a weight that no scale can hold."""
     where = f"tensor {tensor.name}: weight [{row}, {column}] is {value:g}"
     if np.isfinite(value):
         return ConvertError(f"{where}, too large for a float16; this checkpoint cannot be converted")

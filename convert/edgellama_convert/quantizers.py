@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgellama.backends.cpu.halves import from_half, to_half
 from edgellama.backends.cpu.jit import entry_point, kernel
 from edgellama.quant import GROUP_SIZE, ROW_BLOCK, ZERO_POINT, padded_shape
 
@@ -28,41 +29,17 @@ GROUP_BYTES = {4: GROUP_SIZE * ROW_BLOCK // 2, 8: GROUP_SIZE * ROW_BLOCK}
 """Bytes of one (row block, group) of packed codes, by bits."""
 
 # Adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to an integer, ties to even, on every machine.
-_ROUND = np.float32(12582912.0)
-_ROUND_BITS = np.int32(0x4B400000)  # of _ROUND; the bits above them are the integer
-_N_CANDIDATES = 16
+ROUND = np.float32(12582912.0)
+_ROUND_BITS = np.int32(0x4B400000)  # of ROUND; the bits above them are the integer
+N_CANDIDATES = 16
 # |long end of the codes| / (absmax / scale) runs over these: above zero - 0.5 the largest weights are clipped.
-_FIRST_4, _LAST_4 = 6.0, 12.0
+FIRST_4, LAST_4 = 6.0, 12.0
 _FIRST_8, _LAST_8 = 112.0, 134.0
 _INFINITY_BITS = np.int32(0x7F800000)
 _HALF_INFINITY = np.uint16(0x7C00)
 
 # What `quantize_blocks` returns when every weight is fine.
 ALL_FINITE = -1
-
-
-@kernel
-def _to_half(x):
-    """Bits (uint16) of the float16 nearest to a float32, ties to even; too large gives infinity."""
-    bits = np.float32(x).view(np.uint32)
-    sign = (bits >> 16) & 0x8000
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    if magnitude >= 0x477FF000:  # 65520 and above round to infinity
-        half = np.uint32(0x7C00)
-    elif magnitude < 0x38800000:  # float16 subnormals: the last bit of 0.5 is their unit, 2**-24
-        aligned = np.uint32(magnitude).view(np.float32) + np.float32(0.5)
-        half = np.uint32(np.float32(aligned).view(np.uint32) - 0x3F000000)
-    else:
-        half = np.uint32((magnitude + 0xFFF + ((magnitude >> 13) & 1) - 0x38000000) >> 13)
-    return np.uint16(sign | half)
-
-
-@kernel
-def _from_half(half):
-    """The float32 value of finite float16 bits."""
-    magnitude = np.uint32(np.uint32(half & 0x7FFF) << 13)
-    value = np.uint32(magnitude).view(np.float32) * np.float32(2.0**112)
-    return -value if half & 0x8000 else value
 
 
 @kernel
@@ -81,7 +58,7 @@ def _correlate(x, x_int, inverse_scale, zero):
     q_q = np.int32(0)
     low, high = np.int32(-zero), np.int32(zero - 1)
     for i in range(GROUP_SIZE):
-        q = np.int32(np.float32(x[i] * inverse_scale + _ROUND).view(np.int32) - _ROUND_BITS)
+        q = np.int32(np.float32(x[i] * inverse_scale + ROUND).view(np.int32) - _ROUND_BITS)
         q = min(max(q, low), high)
         q_x = np.int32(q_x + np.int32(q * x_int[i]))
         q_q = np.int32(q_q + np.int32(q * q))
@@ -105,7 +82,7 @@ def _squared_error(x, scale, zero, differences):
     """Squared error (float64) of a group with `scale`, which is not 0; `differences` is float64[128] to work in."""
     low, high = np.float32(-zero), np.float32(zero - 1)
     for i in range(GROUP_SIZE):
-        q = min(max((x[i] / scale + _ROUND) - _ROUND, low), high)
+        q = min(max((x[i] / scale + ROUND) - ROUND, low), high)
         differences[i] = np.float64(x[i]) - np.float64(q * scale)  # the product is exact: at most 19 bits
     return _sum_of_squares(differences)
 
@@ -116,12 +93,12 @@ def _search_scale(x, x_int, absmax, zero):
     # x in integers such that a sum of 128 products with codes stays inside int32: 20 bits for int4, 16 for int8.
     unit = absmax / (np.float32(1048576.0) if zero == 8 else np.float32(65536.0))
     for i in range(GROUP_SIZE):
-        x_int[i] = np.int32((x[i] / unit + _ROUND) - _ROUND)
-    first, last = (_FIRST_4, _LAST_4) if zero == 8 else (_FIRST_8, _LAST_8)
+        x_int[i] = np.int32((x[i] / unit + ROUND) - ROUND)
+    first, last = (FIRST_4, LAST_4) if zero == 8 else (_FIRST_8, _LAST_8)
     best = -1.0
     scale = 0.0
-    for candidate in range(2 * _N_CANDIDATES):
-        end = first + (last - first) * (candidate >> 1) / (_N_CANDIDATES - 1)
+    for candidate in range(2 * N_CANDIDATES):
+        end = first + (last - first) * (candidate >> 1) / (N_CANDIDATES - 1)
         inverse = np.float32(end if candidate & 1 else -end) / absmax
         q_x, q_q = _correlate(x, x_int, inverse, zero)
         if q_q > 0:
@@ -131,10 +108,10 @@ def _search_scale(x, x_int, absmax, zero):
                 scale = np.float64(q_x) / np.float64(q_q)
     half = np.uint16(0)
     for _ in range(3):  # round to float16; refit to that scale's codes; twice
-        half = _to_half(np.float32(scale * unit))
+        half = to_half(np.float32(scale * unit))
         if half & 0x7FFF == 0 or half & 0x7FFF >= _HALF_INFINITY:
             return np.uint16(0)
-        q_x, q_q = _correlate(x, x_int, np.float32(1.0) / _from_half(half), zero)
+        q_x, q_q = _correlate(x, x_int, np.float32(1.0) / from_half(half), zero)
         if q_q > 0:
             scale = np.float64(q_x) / np.float64(q_q)
     return half
@@ -148,7 +125,7 @@ def _encode(x, scale, zero, codes):
         return
     low, high = np.float32(-zero), np.float32(zero - 1)
     for i in range(GROUP_SIZE):
-        q = (x[i] / scale + _ROUND) - _ROUND
+        q = (x[i] / scale + ROUND) - ROUND
         codes[i] = np.uint8(np.int32(min(max(q, low), high)) + zero)
 
 
@@ -192,19 +169,19 @@ def quantize_blocks(w, w_bits, zero, search, packed, scales, sums):
                 if largest >= _INFINITY_BITS:
                     return row * n_groups + group
                 absmax = np.int32(largest).view(np.float32)
-                half = _to_half(absmax / np.float32(zero - 1))
+                half = to_half(absmax / np.float32(zero - 1))
                 if half >= _HALF_INFINITY:
                     return row * n_groups + group
-                scale = _from_half(half)
+                scale = from_half(half)
                 differences[:] = x
                 group_energy = _sum_of_squares(differences)
                 group_error = group_energy if half == 0 else _squared_error(x, scale, zero, differences)
                 if search and half != 0:
                     found = _search_scale(x, x_int, absmax, zero)
                     if found != 0:
-                        found_error = _squared_error(x, _from_half(found), zero, differences)
+                        found_error = _squared_error(x, from_half(found), zero, differences)
                         if found_error < group_error:
-                            half, scale, group_error = found, _from_half(found), found_error
+                            half, scale, group_error = found, from_half(found), found_error
                 energy += group_energy
                 scales[block, group, r] = half
                 error += group_error

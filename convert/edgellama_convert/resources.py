@@ -116,5 +116,15 @@ def check_memory(max_ram: int | None, held: int | None) -> None:
         )
 
 
+def check_calibration_memory(max_ram: int | None, needed: int) -> None:
+    """ConvertError if calibrating, which holds `needed` bytes at its peak, cannot stay within the limit."""
+    needed += private_bytes() or 0
+    if max_ram is not None and needed > max_ram:
+        raise ConvertError(
+            f"--max-ram {_mib(max_ram)} MiB is too little to calibrate this model: it takes {_mib(needed + MIB)} MiB; "
+            "--method search takes far less"
+        )
+
+
 def _mib(n: int) -> int:
     return n // MIB

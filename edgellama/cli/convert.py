@@ -11,10 +11,15 @@ _DESCRIPTION = "Make one .edgellama file from a Hugging Face Llama checkpoint."
 _EPILOG = """\
 examples: edgellama convert meta-llama/Llama-2-7b-hf -o llama-2-7b.edgellama
           edgellama convert ./my-checkpoint
+          edgellama convert ./my-checkpoint --method gptq --calibration ./my-texts
 
 A hub id is fetched through huggingface_hub, with its cache and token (HF_HOME,
 HF_TOKEN). The checkpoint is read tensor by tensor: memory stays far below its
 size. Interrupted, it leaves nothing behind.
+
+--method gptq is slower and much more exact: it runs calibration text through the
+model and lets each weight make up for the errors before it. Interrupted, it goes
+on where it was when the same command is given again.
 
 When it is written, the model is measured against its source on a short text of
 several languages; `edgellama info` shows the figures, `verify` checks answers
@@ -28,7 +33,22 @@ def add_parser(subparsers) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a hub id (org/name) or a local folder with safetensors")
     parser.add_argument("-o", "--out", metavar="OUT", help="default: the source's last part + .edgellama, here")
     parser.add_argument(
-        "--method", default="search", choices=("search", "rtn"), help="search (better, default) or rtn (plain rounding)"
+        "--method",
+        default="search",
+        choices=("search", "gptq", "rtn"),
+        help="search (default), gptq (calibrated: best, slow) or rtn (plain rounding)",
+    )
+    parser.add_argument(
+        "--calibration",
+        action="append",
+        metavar="TEXT",
+        help="for gptq: builtin (default), self (the model's own), a text file or a folder; several share the tokens",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=options.positive_int,
+        metavar="N",
+        help="tokens of calibration text (default 32768)",
     )
     parser.add_argument(
         "--lm-head-bits", type=int, default=8, choices=(4, 8, 16), help="bits of the output layer (default 8)"
@@ -63,6 +83,8 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.method != "gptq" and (args.calibration or args.calibration_tokens):
+        args.parser.error(f"--method {args.method} is not calibrated: add --method gptq")
     from edgellama_convert import convert
 
     with (
@@ -80,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
                 args.out,
                 method=args.method,
                 lm_head_bits=args.lm_head_bits,
+                calibration=args.calibration or "builtin",
+                calibration_tokens=args.calibration_tokens,
                 max_ram=args.max_ram,
                 revision=args.revision,
                 offline=args.offline,
@@ -93,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             progress.close()
             measured.close()
-            console.note("edgellama: interrupted; nothing was written")
+            kept = "; the same command goes on from here" if args.method == "gptq" else ""
+            console.note(f"edgellama: interrupted; nothing was written{kept}")
             return 130
     if args.json:
         console.say_json(report.to_dict())

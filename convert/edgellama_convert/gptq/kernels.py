@@ -1,0 +1,166 @@
+"""GPTQ's inner loops in Numba: one group of up to 128 inputs, many rows at once.
+
+Knows: the arithmetic of a group given its Hessian. Does not know where weights and Hessians come from.
+
+Rows are independent of each other, so a SIMD lane holds a row, and every sum runs over inputs in the order the code
+spells out: the same bits for any number of threads, any division of the rows and any vector width. No fast-math.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgellama.backends.cpu.halves import from_half, to_half
+from edgellama.backends.cpu.jit import entry_point, kernel
+
+from ..quantizers import FIRST_4, LAST_4, N_CANDIDATES, ROUND
+
+LANES = 32
+_LARGEST_HALF = np.uint16(0x7BFF)
+_LOW, _HIGH, _ZERO = np.float32(-8), np.float32(7), np.float32(8)
+
+
+@kernel
+def _fit(x, weight, inverse, products, squares):
+    """For codes q = clip(rint(x * inverse)): each lane's sums of weight * q * x and weight * q * q."""
+    products[:] = 0
+    squares[:] = 0
+    for j in range(x.shape[0]):
+        d = weight[j]
+        for r in range(LANES):
+            v = x[j, r]
+            q = min(max((v * inverse[r] + ROUND) - ROUND, _LOW), _HIGH)
+            products[r] += d * q * v
+            squares[r] += d * q * q
+
+
+@kernel
+def _choose_scales(x, weight, inverse, products, squares, best, scale, halves):
+    """Float16 bits of each lane's scale: `search`'s candidates and refits, squared errors weighted by `weight`.
+
+    Leaves the scale's value in `scale` and its inverse (0 where the scale is 0) in `inverse`.
+    """
+    largest = np.zeros(LANES, np.float32)
+    for j in range(x.shape[0]):
+        for r in range(LANES):
+            largest[r] = max(largest[r], abs(x[j, r]))
+    best[:] = np.float32(-1)
+    scale[:] = 0
+    for candidate in range(2 * N_CANDIDATES):
+        long_end = FIRST_4 + (LAST_4 - FIRST_4) * (candidate >> 1) / (N_CANDIDATES - 1)
+        end = np.float32(long_end if candidate & 1 else -long_end)
+        for r in range(LANES):
+            inverse[r] = end / largest[r] if largest[r] > 0 else np.float32(0)
+        _fit(x, weight, inverse, products, squares)
+        for r in range(LANES):
+            if squares[r] > 0:
+                gain = products[r] * products[r] / squares[r]
+                if gain > best[r]:
+                    best[r] = gain
+                    scale[r] = products[r] / squares[r]
+    for refit in range(3):  # round to float16; refit to that scale's codes; twice
+        for r in range(LANES):
+            half = to_half(scale[r])
+            if half & 0x7FFF > _LARGEST_HALF:
+                half = np.uint16((half & 0x8000) | _LARGEST_HALF)
+            halves[r] = half
+            scale[r] = from_half(half)
+            inverse[r] = np.float32(1) / scale[r] if scale[r] != 0 else np.float32(0)
+        if refit < 2:
+            _fit(x, weight, inverse, products, squares)
+            for r in range(LANES):
+                if squares[r] > 0:
+                    scale[r] = products[r] / squares[r]
+
+
+@entry_point
+def quantize_group(adjusted, target, upper, weight, codes, scales, errors):
+    """Choose scales for a group, then codes one input after the other, each making up for the errors before it.
+
+    adjusted float32[rows, n]: the weights plus what the groups before ask for; target float32[rows, n]: the weights.
+    upper float32[n, n]: unit upper triangular factor A of the Hessian A D A^T; weight float32[n]: of a squared error.
+    Fills codes uint8[rows, n] (zero point added), scales uint16[rows] (float16 bits), errors float32[rows, n]
+    (target - dequantized).
+    """
+    rows, n = adjusted.shape
+    x = np.empty((n, LANES), np.float32)
+    inverse = np.empty(LANES, np.float32)
+    products = np.empty(LANES, np.float32)
+    squares = np.empty(LANES, np.float32)
+    best = np.empty(LANES, np.float32)
+    scale = np.empty(LANES, np.float32)
+    error = np.empty(LANES, np.float32)
+    halves = np.empty(LANES, np.uint16)
+    for first in range(0, rows, LANES):
+        m = min(LANES, rows - first)
+        x[:] = 0
+        for r in range(m):
+            for j in range(n):
+                x[j, r] = adjusted[first + r, j]
+        _choose_scales(x, weight, inverse, products, squares, best, scale, halves)
+        for r in range(m):
+            scales[first + r] = halves[r]
+        error[:] = 0
+        for j in range(n):
+            for r in range(m):
+                q = min(max((x[j, r] * inverse[r] + ROUND) - ROUND, _LOW), _HIGH)
+                codes[first + r, j] = np.uint8(q + _ZERO)
+                error[r] = target[first + r, j] - q * scale[r]
+                errors[first + r, j] = error[r]
+            for i in range(j + 1, n):
+                a = upper[j, i]
+                for r in range(LANES):
+                    x[i, r] += error[r] * a
+
+
+@kernel
+def _add(x, factor, row, first):
+    """x[i] += factor * row[i] from i = `first` on."""
+    for i in range(first, x.shape[0]):
+        x[i] += factor * row[i]
+
+
+@entry_point
+def refine_group(gradient, hessian, codes, scales, errors):
+    """One round of coordinate descent on tr(E H E^T) over a group: first its scale, then its codes in order.
+
+    gradient float32[rows, n]: (E H) of the group's inputs, changed here; hessian float32[n, n]: its diagonal block.
+    Changes codes, scales and errors (as in `quantize_group`) in place; a step is taken only if it lowers the objective.
+    """
+    rows, n = gradient.shape
+    q = np.empty(n, np.float32)
+    hq = np.empty(n, np.float32)
+    for row in range(rows):
+        scale = from_half(scales[row])
+        if scale == 0:
+            continue
+        p = gradient[row]
+        hq[:] = 0
+        for j in range(n):
+            q[j] = np.float32(codes[row, j]) - _ZERO
+            if q[j] != 0:
+                _add(hq, q[j], hessian[j], 0)
+        slope = np.float32(0)
+        curve = np.float32(0)
+        for j in range(n):
+            slope += q[j] * p[j]
+            curve += q[j] * hq[j]
+        if curve > 0:
+            half = to_half(scale + slope / curve)
+            if half & 0x7FFF != 0 and half & 0x7FFF <= _LARGEST_HALF:
+                step = scale - from_half(half)
+                if step * (np.float32(2) * slope + step * curve) < 0:
+                    scale = from_half(half)
+                    scales[row] = half
+                    _add(p, step, hq, 0)
+                    for j in range(n):
+                        errors[row, j] += step * q[j]
+        inverse = np.float32(1) / scale
+        for j in range(n):
+            wish = q[j] + p[j] / hessian[j, j] * inverse
+            code = min(max((wish + ROUND) - ROUND, _LOW), _HIGH)
+            if code != q[j]:
+                change = (q[j] - code) * scale
+                errors[row, j] += change
+                codes[row, j] = np.uint8(code + _ZERO)
+                _add(p, change, hessian[j], 0)
