@@ -309,6 +309,18 @@ def test_a_fused_tensor_of_another_size_is_named(tmp_path):
     assert not (tmp_path / "m.edgellama").exists()
 
 
+def test_a_tensor_under_both_names_and_a_scalar_are_refused(tmp_path):
+    config = make_checkpoint(tmp_path, model_type="Yi", architectures=["YiForCausalLM"])
+    weights = rename_yi(random_weights(config, 0))
+    for name, value, message in (
+        ("model.layers.0.input_layernorm.weight", np.ones(192, np.float32), "input_layernorm.weight is there twice"),
+        ("model.layers.1.ln2.weight", np.ones((), np.float32), r"post_attention_layernorm.weight: .*the file has \[\]"),
+    ):
+        write_weights(tmp_path, {**weights, name: value}, dtype="float16")
+        with pytest.raises(ConvertError, match=message):
+            convert(tmp_path, tmp_path / "m.edgellama")
+
+
 def test_a_tokenizer_that_transformers_takes_as_it_is():
     files = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"tokenizer_class": "LlamaTokenizer", "x": 1}'}
     edited = as_llama_files(files, "phi3")

@@ -15,6 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
+from edgellama.errors import ConvertError
+
 from .checkpoint import STORED, Checkpoint, SourceTensor, to_float32
 
 Span = tuple[int, int]
@@ -48,7 +50,9 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (sum(last - first for first, last in self._spans), *self.base.shape[1:])
+        if not self.spans:
+            return self.base.shape
+        return (sum(last - first for first, last in self.spans), *self.base.shape[1:])
 
     @property
     def _spans(self) -> tuple[Span, ...]:
@@ -143,6 +147,8 @@ class DerivedCheckpoint(Checkpoint):
                 for name in used:
                     del self.tensors[name]
                 for name, part in made.items():
+                    if name in self.tensors:
+                        raise ConvertError(f"tensor {name} is there twice, the second time under another name")
                     nbytes = int(np.prod(part.shape)) * STORED[part.dtype].itemsize if part.dtype in STORED else 0
                     # No file has such a name: a derived tensor never equals a stored one.
                     tensor = SourceTensor(name, f"derived/{number}", part.dtype, part.shape, 0, nbytes)

@@ -28,7 +28,11 @@ that are kept with them. For a 7B model this takes about as long again."""
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
-        "convert", help="make an .edgellama file from a checkpoint", description=_DESCRIPTION, epilog=_EPILOG
+        "convert",
+        help="make an .edgellama file from a checkpoint",
+        usage="edgellama convert SOURCE [-o OUT] [options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
     )
     parser.add_argument("source", metavar="SOURCE", help="a hub id (org/name) or a local folder with safetensors")
     parser.add_argument("-o", "--out", metavar="OUT", help="default: the source's last part + .edgellama, here")

@@ -178,10 +178,13 @@ class Tokenizer(SpecialTokens):
             is_batch = is_batch and bool(text) and isinstance(text[0], list | tuple)
         inputs = _inputs(text, text_pair, is_batch, is_split_into_words)
         backend = self._variant(split_special_tokens)
+        options = {"add_special_tokens": add_special_tokens, "is_pretokenized": is_split_into_words}
         with refusing("the text cannot be tokenized"):
-            encodings = backend.encode_batch(
-                inputs, add_special_tokens=add_special_tokens, is_pretokenized=is_split_into_words
-            )
+            if len(inputs) == 1:  # without the library's threads, after whose first use a fork is complained about
+                row, pair = inputs[0] if isinstance(inputs[0], tuple) else (inputs[0], None)
+                encodings = [backend.encode(row, pair, **options)]
+            else:
+                encodings = backend.encode_batch(inputs, **options)
         pieces = [truncated(encoding, limit) for encoding in encodings]
         if not return_overflowing_tokens:
             pieces = [windows[:1] for windows in pieces]
@@ -392,20 +395,19 @@ def _inputs(text: Any, text_pair: Any, is_batch: bool, words: bool) -> list[Any]
             raise TypeError("text_pair must be a list of as many texts as text")
         if len(text) != len(text_pair):
             raise ValueError(f"text has {len(text)} rows, text_pair {len(text_pair)}")
-    rows = list(text) if is_batch else [text]
+    rows: list[Any] = list(text) if is_batch else [text]
     if text_pair is not None:
         rows = list(zip(rows, text_pair if is_batch else [text_pair], strict=True))
+    elif words:
+        rows = [list(row) if isinstance(row, tuple) else row for row in rows]
+    else:  # a pair may stand for a text
+        rows = [tuple(row) if isinstance(row, list | tuple) and len(row) == 2 else row for row in rows]
     for row in rows:
-        if words:
-            lists = list(row) if text_pair is not None else [row]
-            good = all(isinstance(each, list | tuple) and all(isinstance(w, str) for w in each) for each in lists)
-        else:
-            is_pair = isinstance(row, list | tuple) and len(row) == 2
-            good = isinstance(row, str) or (is_pair and all(isinstance(each, str) for each in row))
-        if not good:
-            raise ValueError(
-                f"a text must be str{' words' if words else ''}, or a list of them, got {type(row).__name__}"
-            )
+        for each in row if isinstance(row, tuple) else [row]:
+            is_list = isinstance(each, list | tuple) and all(isinstance(word, str) for word in each)
+            if not (is_list if words else isinstance(each, str)):
+                what = "a list of words" if words else "str"
+                raise ValueError(f"a text must be {what}, or a list of such, got {type(each).__name__}")
         for each in each_text(row):
             check_unicode(each)
     return rows

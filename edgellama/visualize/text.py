@@ -21,7 +21,7 @@ from edgellama.visualize.attention import Attention
 
 _MAX_LABEL = 24
 _SEEN, _HIDDEN = "■", "·"
-_SHADES = " ░▒▓█"
+_SHADES, _LIMITS = " ░▒▓█", (0.05, 0.2, 0.4, 0.6)
 _ASCII = str.maketrans({"■": "#", "·": ".", "░": ".", "▒": "-", "▓": "+", "█": "#", "▁": "_", "…": "~"})
 _GREEN, _DIM, _BOLD, _END = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
@@ -61,12 +61,9 @@ def _legend(attention: Attention, colours: bool) -> str:
     if attention.weights is None:
         own = f"{_GREEN}{_SEEN}{_END} itself   " if colours else ""
         return f"rows see columns: {own}{_SEEN} seen   {_HIDDEN} hidden"
-    return "rows look at columns: " + "   ".join(f"{shade} {text}" for shade, text in _scale())
-
-
-def _scale() -> list[tuple[str, str]]:
-    steps = ["below 5 %", "20 %", "40 %", "60 %", "above"]
-    return [("' '" if shade == " " else shade, text) for shade, text in zip(_SHADES, steps, strict=True)]
+    steps = [*(f"< {limit:.0%}" for limit in _LIMITS), "more"]
+    shades = ("' '" if shade == " " else shade for shade in _SHADES)
+    return "rows look at columns: " + "   ".join(f"{shade} {step}" for shade, step in zip(shades, steps, strict=True))
 
 
 def _square(attention: Attention, row: int, column: int, colours: bool) -> str:
@@ -74,5 +71,5 @@ def _square(attention: Attention, row: int, column: int, colours: bool) -> str:
         return f"{_DIM}{_HIDDEN}{_END}" if colours else _HIDDEN
     square = _SEEN
     if attention.weights is not None:
-        square = _SHADES[int(np.searchsorted([0.05, 0.2, 0.4, 0.6], attention.weights[row, column], side="right"))]
+        square = _SHADES[int(np.searchsorted(_LIMITS, attention.weights[row, column], side="right"))]
     return f"{_GREEN}{square}{_END}" if colours and row == column else square
