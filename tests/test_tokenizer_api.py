@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from conftest import byte_tokenizer
 from edgellama.errors import TokenizerError
 from edgellama.tokenizer import load_tokenizer
 from tokenizer_cases import CASES, DATA, FAST, GPT2, LLAMA, random_text
@@ -231,6 +232,12 @@ def test_a_batch_of_different_lengths():
     assert tokenizer.batch_decode(arrays.input_ids, skip_special_tokens=True) == texts
     assert tokenizer("Hello", return_tensors="np").input_ids.shape == (1, len(short))
     assert tokenizer([]).input_ids == []
+    assert batch[1].ids == batch.input_ids[1] and batch[1].tokens == batch.tokens(1)
+    start, end = batch.token_to_chars(0, len(long) - 1)
+    assert texts[0][start:end].strip() == tokenizer.decode(long[-1:]) and batch.token_to_chars(1, 0) is None
+    assert batch.char_to_token(0, 0) == 1 and batch.char_to_token(0, 999) is None
+    with pytest.raises(AttributeError, match="has no 'labels', only input_ids, attention_mask"):
+        _ = batch.labels
 
 
 def test_a_call_leaves_no_trace():
@@ -343,6 +350,28 @@ def test_a_changed_bos_needs_update_post_processor():
     assert tokenizer.pad_token == "</s>"
     tokenizer.pad_token = None
     assert tokenizer.pad_token_id is None
+
+
+def test_a_changed_eos_where_no_bos_is_added():
+    tokenizer = load("spm-model", add_bos_token=False, add_eos_token=True)
+    assert (tokenizer.add_bos_token, tokenizer.add_eos_token) == (False, True)
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.update_post_processor()
+    ids = tokenizer.encode("Hello")
+    assert ids[-1] == tokenizer.eos_id == tokenizer.token_to_id("<end>") and ids[0] != tokenizer.bos_id
+    tokenizer.eos_token = None
+    tokenizer.update_post_processor()
+    assert tokenizer.encode("Hello") == ids[:-1] and not tokenizer.add_eos_token
+
+
+def test_tokens_that_only_the_models_config_names():
+    class Config:
+        bos_token_id, eos_token_ids, raw = 1, (2,), {}
+
+    tokenizer = load_tokenizer({"tokenizer.json": byte_tokenizer().encode()}, Config())
+    assert (tokenizer.bos_token, tokenizer.add_bos_token, tokenizer.add_eos_token) == (None, True, False)
+    tokenizer.add_eos_token = True
+    assert tokenizer.encode("a") == [1, 100, 2]
 
 
 def test_spaces_between_special_tokens():

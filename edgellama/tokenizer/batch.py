@@ -177,6 +177,10 @@ class BatchEncoding(dict[str, Any]):
             for name, value in self.items():
                 self[name] = _array(name, value)
 
+    def __getitem__(self, key: str | int) -> Any:
+        """A value by name; by number the `Row` of that text."""
+        return self.encodings[key] if isinstance(key, int) else super().__getitem__(key)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]

@@ -50,6 +50,7 @@ class SpecialTokens(CoreTokenizer):
     """A `CoreTokenizer` whose special tokens can be asked for and changed."""
 
     extra_special_tokens: list[str]
+    _adds: tuple[bool, bool] | None = None  # whether BOS and EOS are put around a text; None: not looked at yet
 
     bos_token, bos_token_id = _Named(), _NamedId()
     eos_token, eos_token_id = _Named(), _NamedId()
@@ -60,6 +61,7 @@ class SpecialTokens(CoreTokenizer):
     mask_token, mask_token_id = _Named(), _NamedId()
 
     def _name_token(self, name: str, value: Any) -> None:
+        self._adds_around()  # as it was with the old ones
         if value is None:
             self.special_tokens.pop(name, None)
         else:
@@ -187,7 +189,7 @@ class SpecialTokens(CoreTokenizer):
     @property
     def add_bos_token(self) -> bool:
         """Whether `encode` puts BOS before a text. Setting it calls `update_post_processor`."""
-        return self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
+        return self._adds_around()[0]
 
     @add_bos_token.setter
     def add_bos_token(self, value: bool) -> None:
@@ -196,9 +198,7 @@ class SpecialTokens(CoreTokenizer):
     @property
     def add_eos_token(self) -> bool:
         """Whether `encode` puts EOS after a text. Setting it calls `update_post_processor`."""
-        ids = self.encode("")
-        ids = ids[1:] if self.add_bos_token else ids
-        return self.eos_id is not None and ids[-1:] == [self.eos_id]
+        return self._adds_around()[1]
 
     @add_eos_token.setter
     def add_eos_token(self, value: bool) -> None:
@@ -206,21 +206,28 @@ class SpecialTokens(CoreTokenizer):
 
     def update_post_processor(self) -> None:
         """Put the present BOS and EOS around texts: to be called after `bos_token` or `eos_token` was changed."""
-        around = self.num_special_tokens_to_add()
-        bos, eos = self.add_bos_token, self.add_eos_token
-        if around and not bos and not eos:  # the one that is added is not BOS any more
-            bos, eos = (True, around > 1) if self.bos_token is not None else (False, True)
-        self._set_around(bos, eos)
+        self._set_around(*self._adds_around())
+
+    def _adds_around(self) -> tuple[bool, bool]:
+        if self._adds is None:
+            ids = super().encode("")
+            bos = self.bos_id is not None and ids[:1] == [self.bos_id]
+            eos = self.eos_id is not None and ids[bos:][-1:] == [self.eos_id]
+            self._adds = bos, eos
+        return self._adds
 
     def _set_around(self, bos: bool, eos: bool) -> None:
         tokens = []
-        for name, wanted in (("bos_token", bos), ("eos_token", eos)):
+        for name, index, wanted in (("bos_token", self.bos_id, bos), ("eos_token", self.eos_id, eos)):
             token = self.special_tokens.get(name) if wanted else None
+            if token is None and wanted and index is not None:  # named by the model's config alone
+                token = self._token_text(False, index)
             if token is not None and self.token_to_id(token) is None:
                 raise TokenizerError(f"{name} {token!r} is not in the vocabulary: add it with add_special_tokens")
             tokens.append(token)
         with refusing("the special tokens cannot be changed"):
             rebuild.set_post_processor(self._backend, *tokens)
+        self._adds = tokens[0] is not None, tokens[1] is not None
         self._changed()
 
     def build_inputs_with_special_tokens(
