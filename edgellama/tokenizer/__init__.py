@@ -7,9 +7,9 @@
 
 Modules: `loader` (which files, which class, assembly), `settings` (the small JSON files), `rebuild` (what transformers'
 tokenizer classes change about a tokenizer.json), `sentencepiece_model` (reads tokenizer.model), `stream` (incremental
-decode), `token_bytes`, `core` (encode, decode), `special` (special tokens), `batch` (padding, truncation), `api`
-(`Tokenizer`: all of it, as transformers calls it), `screening` (what no library should see), `guard` (other people's
-exceptions and panics become `TokenizerError`).
+decode), `token_bytes`, `core` (encode, decode), `special` (special tokens), `limits` and `batch` (padding, truncation),
+`dropout` (sampling), `api` (`Tokenizer`: all of it, as transformers calls it), `screening` (what no library should
+see), `guard` (other people's exceptions and panics become `TokenizerError`).
 
 Knows nothing of models, files on disk or the network. Importing it is cheap: `tokenizers` is imported by the first
 `load_tokenizer`. Which behaviour is Hugging Face's, where its versions differ: see `loader`.

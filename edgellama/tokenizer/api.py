@@ -11,22 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from edgellama.errors import TokenizerError
-from edgellama.tokenizer.batch import (
-    NO_LIMIT,
-    PADDINGS,
-    SIDES,
-    TRUNCATIONS,
-    BatchEncoding,
-    Padding,
-    Row,
-    Truncation,
-    as_lists,
-    each_text,
-    pad_lists,
-    truncated,
-)
+from edgellama.tokenizer.batch import BatchEncoding, Row, as_lists, each_text, pad_lists, truncated
 from edgellama.tokenizer.core import check_unicode
+from edgellama.tokenizer.dropout import Merges
 from edgellama.tokenizer.guard import refusing
+from edgellama.tokenizer.limits import Padding, choose_padding, choose_truncation
 from edgellama.tokenizer.settings import Settings
 from edgellama.tokenizer.special import SpecialTokens
 from edgellama.tokenizer.stream import clean_up
@@ -67,8 +56,7 @@ class Tokenizer(SpecialTokens):
     `split_special_tokens`, `clean_up_tokenization_spaces`: transformers' parameters, as tokenizer_config.json states
     them; may be set. `legacy`, `add_prefix_space`, `use_default_system_prompt`: as stated, for reading.
     `sp_model_kwargs`: {"enable_sampling": True, "alpha": 0.1, "nbest_size": -1} makes each encoding another one of the
-    same text, without a seed: a sampled unigram segmentation, or BPE dropout (Provilkov et al. 2020), where a dropped
-    merge is tried again after the next one; SentencePiece drops it for good, which cuts finer for the same alpha.
+    same text, as SentencePiece does: BPE dropout (which `random.seed` repeats), or a sampled unigram segmentation.
     """
 
     def __init__(
@@ -92,7 +80,7 @@ class Tokenizer(SpecialTokens):
         self.extra_special_tokens = [str(token["content"]) for token in settings.extra_special]
         self._files = {name: files[name] for name in _VOCABULARY_FILES if name in files}
         self._sampling: dict[str, Any] = {}
-        self._variants: dict[tuple, tokenizers.Tokenizer] = {}
+        self._variants: dict[tuple, Any] = {}
         self._variants_lock = threading.Lock()
 
     @property
@@ -169,7 +157,9 @@ class Tokenizer(SpecialTokens):
         split_special_tokens: bool | None = None,
     ) -> BatchEncoding:
         """See `__call__`."""
-        limit = self._truncation(truncation, padding, max_length, stride)
+        limit = choose_truncation(
+            truncation, padding, max_length, self.model_max_length, side=self.truncation_side, stride=stride
+        )
         filler = self._padding(padding, max_length, pad_to_multiple_of, padding_side)
         if limit and filler and pad_to_multiple_of and limit.max_length % pad_to_multiple_of:
             raise ValueError(f"max_length {limit.max_length} is not a multiple of pad_to_multiple_of")
@@ -177,14 +167,7 @@ class Tokenizer(SpecialTokens):
         if is_split_into_words:
             is_batch = is_batch and bool(text) and isinstance(text[0], list | tuple)
         inputs = _inputs(text, text_pair, is_batch, is_split_into_words)
-        backend = self._variant(split_special_tokens)
-        options = {"add_special_tokens": add_special_tokens, "is_pretokenized": is_split_into_words}
-        with refusing("the text cannot be tokenized"):
-            if len(inputs) == 1:  # without the library's threads, after whose first use a fork is complained about
-                row, pair = inputs[0] if isinstance(inputs[0], tuple) else (inputs[0], None)
-                encodings = [backend.encode(row, pair, **options)]
-            else:
-                encodings = backend.encode_batch(inputs, **options)
+        encodings = self._encodings(inputs, split_special_tokens, add_special_tokens, is_split_into_words)
         pieces = [truncated(encoding, limit) for encoding in encodings]
         if not return_overflowing_tokens:
             pieces = [windows[:1] for windows in pieces]
@@ -243,43 +226,18 @@ class Tokenizer(SpecialTokens):
     def _returned(self, asked: bool | None, name: str) -> bool:
         return name in self.model_input_names if asked is None else asked
 
-    def _truncation(
-        self, truncation: bool | str | None, padding: bool | str, max_length: int | None, stride: int
-    ) -> Truncation | None:
-        if truncation is None:
-            truncation = "longest_first" if max_length is not None and padding is False else "do_not_truncate"
-        strategy = (
-            {True: "longest_first", False: "do_not_truncate"}[truncation]
-            if isinstance(truncation, bool)
-            else truncation
-        )
-        _one_of("truncation", strategy, TRUNCATIONS)
-        limit = self.model_max_length if max_length is None else _natural("max_length", max_length)
-        if strategy == "do_not_truncate" or (max_length is None and limit > NO_LIMIT):
-            return None
-        _one_of("truncation_side", self.truncation_side, SIDES)
-        return Truncation(int(limit), strategy, self.truncation_side, _natural("stride", stride))
-
     def _padding(
         self, padding: bool | str, max_length: int | None, multiple_of: int | None, side: str | None
     ) -> Padding | None:
-        strategy = {True: "longest", False: "do_not_pad"}[padding] if isinstance(padding, bool) else padding
-        _one_of("padding", strategy, PADDINGS)
-        side = self.padding_side if side is None else side
-        _one_of("padding_side", side, SIDES)
-        length = None
-        if strategy == "max_length":
-            length = self.model_max_length if max_length is None else _natural("max_length", max_length)
-        if strategy == "do_not_pad" or (max_length is None and length is not None and length > NO_LIMIT):
-            return None
-        token, token_id = self.pad_token, self.pad_token_id
-        if token is None or token_id is None:
-            raise ValueError(
-                "padding needs a pad token: tokenizer.pad_token = tokenizer.eos_token, or "
-                "tokenizer.add_special_tokens({'pad_token': '<pad>'}) for a model converted with --add-pad-token"
-            )
-        multiple_of = None if multiple_of is None else _natural("pad_to_multiple_of", multiple_of)
-        return Padding(token, token_id, side, None if length is None else int(length), multiple_of)
+        return choose_padding(
+            padding,
+            max_length,
+            self.model_max_length,
+            side=self.padding_side if side is None else side,
+            token=self.pad_token,
+            token_id=self.pad_token_id,
+            multiple_of=multiple_of,
+        )
 
     # -- ids to text ---------------------------------------------------------------------------------------------
 
@@ -365,27 +323,52 @@ class Tokenizer(SpecialTokens):
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
         return split != self._backend.encode_special_tokens
 
-    def _variant(self, split_special_tokens: bool | None) -> "tokenizers.Tokenizer":
-        """The tokenizer, or a copy that splits special tokens, or samples: a call never changes the shared one."""
-        sampling = self._sampling if self._sampling.get("enable_sampling") else {}
-        if not sampling and not self._is_split_otherwise(split_special_tokens):
-            return self._backend
+    def _encodings(
+        self, inputs: list[Any], split_special_tokens: bool | None, add_special_tokens: bool, words: bool
+    ) -> list[Any]:
+        """An encoding for each text or pair."""
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
-        alpha, nbest = sampling.get("alpha", 0.1), sampling.get("nbest_size", -1)
-        key = (split, alpha, nbest) if sampling else (split,)
-        with self._variants_lock:
-            if key not in self._variants:
-                import tokenizers
+        sampling = self._sampling if self._sampling.get("enable_sampling") else None
+        options = {"add_special_tokens": add_special_tokens, "is_pretokenized": words}
+        merges = self._merges(split) if sampling and self._is_bpe() else None
+        backend = merges.backend if merges else self._variant(split, sampling)
+        with refusing("the text cannot be tokenized"):
+            if len(inputs) == 1:  # without the library's threads, after whose first use a fork is complained about
+                text, pair = inputs[0] if isinstance(inputs[0], tuple) else (inputs[0], None)
+                encodings = [backend.encode(text, pair, **options)]
+            else:
+                encodings = backend.encode_batch(inputs, **options)
+        if merges is None or sampling is None:
+            return encodings
+        return [merges.merge(symbols, sampling.get("alpha", 0.1)) for symbols in encodings]
 
-                copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
-                copy.encode_special_tokens = split
-                if sampling and self._is_bpe():
-                    copy.model.dropout = float(alpha)
-                elif sampling:
+    def _variant(self, split: bool, sampling: Mapping[str, Any] | None) -> "tokenizers.Tokenizer":
+        """The tokenizer, or a copy that splits special tokens, or samples: a call never changes the shared one."""
+        if not sampling and split == self._backend.encode_special_tokens:
+            return self._backend
+        alpha, nbest = (sampling.get("alpha", 0.1), sampling.get("nbest_size", -1)) if sampling else (None, None)
+        with self._variants_lock:
+            key = (split, alpha, nbest)
+            if key not in self._variants:
+                copy = self._variants[key] = self._copy(split)
+                if nbest is not None:
                     # To SentencePiece any negative number is "all", and 0 the best one; `tokenizers` has 0 for all.
                     copy.model.alpha, copy.model.nbest_size = float(alpha), 0 if nbest < 0 else max(1, nbest)
-                self._variants[key] = copy
             return self._variants[key]
+
+    def _merges(self, split: bool) -> Merges:
+        with self._variants_lock:
+            key = ("merges", split)
+            if key not in self._variants:
+                self._variants[key] = Merges(self._copy(split))
+            return self._variants[key]
+
+    def _copy(self, split: bool) -> "tokenizers.Tokenizer":
+        import tokenizers
+
+        copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        copy.encode_special_tokens = split
+        return copy
 
 
 def _inputs(text: Any, text_pair: Any, is_batch: bool, words: bool) -> list[Any]:
@@ -415,14 +398,3 @@ def _inputs(text: Any, text_pair: Any, is_batch: bool, words: bool) -> list[Any]
 
 def _column(row: Row, name: str) -> list:
     return getattr(row, {"token_type_ids": "type_ids", "offset_mapping": "offsets"}.get(name, name))
-
-
-def _one_of(name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def _natural(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
-    return value

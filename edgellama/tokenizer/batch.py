@@ -8,46 +8,14 @@ Knows encodings and numbers, not how text becomes either.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgellama.tokenizer.limits import Padding, Truncation
+
 if TYPE_CHECKING:
     import tokenizers
-
-NO_LIMIT = 10**20
-"""A `model_max_length` beyond this means that nobody said one."""
-
-PADDINGS = ("longest", "max_length", "do_not_pad")
-TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
-SIDES = ("left", "right")
-
-
-@dataclass(frozen=True)
-class Padding:
-    """What a row is filled up with. `length` None: to the longest of the batch."""
-
-    token: str
-    token_id: int
-    side: str
-    length: int | None = None
-    multiple_of: int | None = None
-
-    def width(self, longest: int) -> int:
-        """Columns that a batch gets whose longest row has so many."""
-        width = longest if self.length is None else self.length
-        return width if not self.multiple_of else -(-width // self.multiple_of) * self.multiple_of
-
-
-@dataclass(frozen=True)
-class Truncation:
-    """`max_length` counts the special tokens, too; `stride` tokens of a window are repeated in the next."""
-
-    max_length: int
-    strategy: str
-    side: str
-    stride: int = 0
 
 
 class Row:
