@@ -6,12 +6,12 @@ threads or models. `edgellama.quant` is the oracle: `rtn` here gives the bits of
 Two methods choose a group's float16 scale `s`; codes are then always `clip(rint(x / s))`:
 
 - `rtn`: absmax / 7 (or / 127). Elementwise IEEE operations only.
-- `search`: 16 scales for each sign of the long end of the code range (-8, -128); each one's codes give a least squares
-  scale; the best is refitted twice, rounded to float16, and kept only if its exact squared error is below `rtn`'s.
+- `search`: the scale of `scale_search`, kept where its error is below `rtn`'s. Errors count in proportion to the
+  weight's size (|x| + rms of the group): a large weight's error is felt more than as many small ones, on every model
+  measured (benchmarks/LOG.md), and no text is needed to know it.
 
-Both give the same bits on every machine and for any division of the rows: sums that choose between candidates are
-integer sums (exact in any order, so the compiler may vectorize them), and the exact errors are summed in an order the
-code spells out. No fast-math, no contraction.
+Both give the same bits on every machine and for any division of the rows: every sum has an order that the code spells
+out. No fast-math, no contraction.
 """
 
 from __future__ import annotations
@@ -24,17 +24,12 @@ from edgellama.backends.cpu.halves import from_half, to_half
 from edgellama.backends.cpu.jit import entry_point, kernel
 from edgellama.quant import GROUP_SIZE, ROW_BLOCK, ZERO_POINT, padded_shape
 
+from .scale_search import LANES, ROUND, WORK_ROWS, choose_scales
+
 METHODS = ("rtn", "search")
 GROUP_BYTES = {4: GROUP_SIZE * ROW_BLOCK // 2, 8: GROUP_SIZE * ROW_BLOCK}
 """Bytes of one (row block, group) of packed codes, by bits."""
 
-# Adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to an integer, ties to even, on every machine.
-ROUND = np.float32(12582912.0)
-_ROUND_BITS = np.int32(0x4B400000)  # of ROUND; the bits above them are the integer
-N_CANDIDATES = 16
-# |long end of the codes| / (absmax / scale) runs over these: above zero - 0.5 the largest weights are clipped.
-FIRST_4, LAST_4 = 6.0, 12.0
-_FIRST_8, _LAST_8 = 112.0, 134.0
 _INFINITY_BITS = np.int32(0x7F800000)
 _HALF_INFINITY = np.uint16(0x7C00)
 
@@ -52,20 +47,6 @@ def _absmax_bits(x_bits):
 
 
 @kernel
-def _correlate(x, x_int, inverse_scale, zero):
-    """For the codes q that `inverse_scale` gives: the integer sums of q * x_int and q * q."""
-    q_x = np.int32(0)
-    q_q = np.int32(0)
-    low, high = np.int32(-zero), np.int32(zero - 1)
-    for i in range(GROUP_SIZE):
-        q = np.int32(np.float32(x[i] * inverse_scale + ROUND).view(np.int32) - _ROUND_BITS)
-        q = min(max(q, low), high)
-        q_x = np.int32(q_x + np.int32(q * x_int[i]))
-        q_q = np.int32(q_q + np.int32(q * q))
-    return q_x, q_q
-
-
-@kernel
 def _sum_of_squares(values):
     """Of float64[128], in four lanes and then in order: an order the compiler must keep."""
     a, b, c, d = 0.0, 0.0, 0.0, 0.0
@@ -78,43 +59,34 @@ def _sum_of_squares(values):
 
 
 @kernel
-def _squared_error(x, scale, zero, differences):
-    """Squared error (float64) of a group with `scale`, which is not 0; `differences` is float64[128] to work in."""
+def _set_errors(x, scale, zero, errors):
+    """float64[128]: a group minus what its codes say with `scale`, which is not 0."""
     low, high = np.float32(-zero), np.float32(zero - 1)
     for i in range(GROUP_SIZE):
         q = min(max((x[i] / scale + ROUND) - ROUND, low), high)
-        differences[i] = np.float64(x[i]) - np.float64(q * scale)  # the product is exact: at most 19 bits
-    return _sum_of_squares(differences)
+        errors[i] = np.float64(x[i]) - np.float64(q * scale)  # the product is exact: at most 19 bits
 
 
 @kernel
-def _search_scale(x, x_int, absmax, zero):
-    """Float16 bits of the best scale found for one group; 0 where none is usable."""
-    # x in integers such that a sum of 128 products with codes stays inside int32: 20 bits for int4, 16 for int8.
-    unit = absmax / (np.float32(1048576.0) if zero == 8 else np.float32(65536.0))
+def _felt(errors, roots, weighted):
+    """Sum of the squared errors by importance, whose square roots are `roots` float64[128]."""
     for i in range(GROUP_SIZE):
-        x_int[i] = np.int32((x[i] / unit + ROUND) - ROUND)
-    first, last = (FIRST_4, LAST_4) if zero == 8 else (_FIRST_8, _LAST_8)
-    best = -1.0
-    scale = 0.0
-    for candidate in range(2 * N_CANDIDATES):
-        end = first + (last - first) * (candidate >> 1) / (N_CANDIDATES - 1)
-        inverse = np.float32(end if candidate & 1 else -end) / absmax
-        q_x, q_q = _correlate(x, x_int, inverse, zero)
-        if q_q > 0:
-            gain = np.float64(q_x) * np.float64(q_x) / np.float64(q_q)  # what least squares takes off sum(x**2)
-            if gain > best:
-                best = gain
-                scale = np.float64(q_x) / np.float64(q_q)
-    half = np.uint16(0)
-    for _ in range(3):  # round to float16; refit to that scale's codes; twice
-        half = to_half(np.float32(scale * unit))
-        if half & 0x7FFF == 0 or half & 0x7FFF >= _HALF_INFINITY:
-            return np.uint16(0)
-        q_x, q_q = _correlate(x, x_int, np.float32(1.0) / from_half(half), zero)
-        if q_q > 0:
-            scale = np.float64(q_x) / np.float64(q_q)
-    return half
+        weighted[i] = errors[i] * roots[i]
+    return _sum_of_squares(weighted)
+
+
+@kernel
+def _set_importance(x, importance, rms):
+    """|x| + rms of the group, for groups float32[128, LANES]; the rms of each lane into `rms`."""
+    rms[:] = 0
+    for i in range(GROUP_SIZE):
+        for r in range(LANES):
+            rms[r] += x[i, r] * x[i, r]
+    for r in range(LANES):
+        rms[r] = np.sqrt(rms[r] / np.float32(GROUP_SIZE))
+    for i in range(GROUP_SIZE):
+        for r in range(LANES):
+            importance[i, r] = abs(x[i, r]) + rms[r]
 
 
 @kernel
@@ -156,35 +128,53 @@ def quantize_blocks(w, w_bits, zero, search, packed, scales, sums):
     """
     n_blocks, n_groups = packed.shape[0], packed.shape[1]
     codes = np.empty((ROW_BLOCK, GROUP_SIZE), np.uint8)
-    x_int = np.empty(GROUP_SIZE, np.int32)
-    differences = np.empty(GROUP_SIZE, np.float64)
+    errors, roots, weighted = np.empty(GROUP_SIZE), np.empty(GROUP_SIZE), np.empty(GROUP_SIZE)
+    lanes = np.empty((GROUP_SIZE, LANES), np.float32)
+    importance = np.empty((GROUP_SIZE, LANES), np.float32)
+    work = np.empty((WORK_ROWS, LANES), np.float32)
+    found = np.empty(LANES, np.float32)
+    found_halves = np.empty(LANES, np.uint16)
+    rms = np.zeros(LANES, np.float32)
     for block in range(n_blocks):
         error = 0.0
         energy = 0.0
         for group in range(n_groups):
+            here = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
             for r in range(ROW_BLOCK):
                 row = block * ROW_BLOCK + r
-                x = w[row, group * GROUP_SIZE : (group + 1) * GROUP_SIZE]
-                largest = _absmax_bits(w_bits[row, group * GROUP_SIZE : (group + 1) * GROUP_SIZE])
+                largest = _absmax_bits(w_bits[row, here])
                 if largest >= _INFINITY_BITS:
                     return row * n_groups + group
-                absmax = np.int32(largest).view(np.float32)
-                half = to_half(absmax / np.float32(zero - 1))
+                half = to_half(np.int32(largest).view(np.float32) / np.float32(zero - 1))
                 if half >= _HALF_INFINITY:
                     return row * n_groups + group
-                scale = from_half(half)
-                differences[:] = x
-                group_energy = _sum_of_squares(differences)
-                group_error = group_energy if half == 0 else _squared_error(x, scale, zero, differences)
-                if search and half != 0:
-                    found = _search_scale(x, x_int, absmax, zero)
-                    if found != 0:
-                        found_error = _squared_error(x, from_half(found), zero, differences)
-                        if found_error < group_error:
-                            half, scale, group_error = found, from_half(found), found_error
-                energy += group_energy
                 scales[block, group, r] = half
-                error += group_error
+            if search:
+                for r in range(ROW_BLOCK):
+                    x = w[block * ROW_BLOCK + r, here]
+                    for i in range(GROUP_SIZE):
+                        lanes[i, r] = x[i]
+                _set_importance(lanes, importance, rms)
+                choose_scales(lanes, importance, zero, work, found, found_halves)
+            for r in range(ROW_BLOCK):
+                x = w[block * ROW_BLOCK + r, here]
+                errors[:] = x
+                row_energy = _sum_of_squares(errors)
+                row_error = row_energy
+                scale = from_half(scales[block, group, r])
+                if scale != 0:
+                    _set_errors(x, scale, zero, errors)
+                    row_error = _sum_of_squares(errors)
+                    if search and found[r] != 0:
+                        for i in range(GROUP_SIZE):
+                            roots[i] = np.sqrt(np.float64(importance[i, r]))
+                        felt = _felt(errors, roots, weighted)
+                        _set_errors(x, found[r], zero, errors)
+                        if _felt(errors, roots, weighted) < felt:
+                            scales[block, group, r], scale = found_halves[r], found[r]
+                            row_error = _sum_of_squares(errors)
+                energy += row_energy
+                error += row_error
                 _encode(x, scale, zero, codes[r])
             _pack(codes, zero, packed[block, group])
         sums[block, 0] = error

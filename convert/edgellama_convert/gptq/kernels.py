@@ -13,64 +13,9 @@ import numpy as np
 from edgellama.backends.cpu.halves import from_half, to_half
 from edgellama.backends.cpu.jit import entry_point, kernel
 
-from ..quantizers import FIRST_4, LAST_4, N_CANDIDATES, ROUND
+from ..scale_search import LANES, LARGEST_HALF, ROUND, WORK_ROWS, choose_scales
 
-LANES = 32
-_LARGEST_HALF = np.uint16(0x7BFF)
 _LOW, _HIGH, _ZERO = np.float32(-8), np.float32(7), np.float32(8)
-
-
-@kernel
-def _fit(x, weight, inverse, products, squares):
-    """For codes q = clip(rint(x * inverse)): each lane's sums of weight * q * x and weight * q * q."""
-    products[:] = 0
-    squares[:] = 0
-    for j in range(x.shape[0]):
-        d = weight[j]
-        for r in range(LANES):
-            v = x[j, r]
-            q = min(max((v * inverse[r] + ROUND) - ROUND, _LOW), _HIGH)
-            products[r] += d * q * v
-            squares[r] += d * q * q
-
-
-@kernel
-def _choose_scales(x, weight, inverse, products, squares, best, scale, halves):
-    """Float16 bits of each lane's scale: `search`'s candidates and refits, squared errors weighted by `weight`.
-
-    Leaves the scale's value in `scale` and its inverse (0 where the scale is 0) in `inverse`.
-    """
-    largest = np.zeros(LANES, np.float32)
-    for j in range(x.shape[0]):
-        for r in range(LANES):
-            largest[r] = max(largest[r], abs(x[j, r]))
-    best[:] = np.float32(-1)
-    scale[:] = 0
-    for candidate in range(2 * N_CANDIDATES):
-        long_end = FIRST_4 + (LAST_4 - FIRST_4) * (candidate >> 1) / (N_CANDIDATES - 1)
-        end = np.float32(long_end if candidate & 1 else -long_end)
-        for r in range(LANES):
-            inverse[r] = end / largest[r] if largest[r] > 0 else np.float32(0)
-        _fit(x, weight, inverse, products, squares)
-        for r in range(LANES):
-            if squares[r] > 0:
-                gain = products[r] * products[r] / squares[r]
-                if gain > best[r]:
-                    best[r] = gain
-                    scale[r] = products[r] / squares[r]
-    for refit in range(3):  # round to float16; refit to that scale's codes; twice
-        for r in range(LANES):
-            half = to_half(scale[r])
-            if half & 0x7FFF > _LARGEST_HALF:
-                half = np.uint16((half & 0x8000) | _LARGEST_HALF)
-            halves[r] = half
-            scale[r] = from_half(half)
-            inverse[r] = np.float32(1) / scale[r] if scale[r] != 0 else np.float32(0)
-        if refit < 2:
-            _fit(x, weight, inverse, products, squares)
-            for r in range(LANES):
-                if squares[r] > 0:
-                    scale[r] = products[r] / squares[r]
 
 
 @entry_point
@@ -84,10 +29,11 @@ def quantize_group(adjusted, target, upper, weight, codes, scales, errors):
     """
     rows, n = adjusted.shape
     x = np.empty((n, LANES), np.float32)
+    importance = np.empty((n, LANES), np.float32)
+    for j in range(n):
+        importance[j] = weight[j]
+    work = np.empty((WORK_ROWS, LANES), np.float32)
     inverse = np.empty(LANES, np.float32)
-    products = np.empty(LANES, np.float32)
-    squares = np.empty(LANES, np.float32)
-    best = np.empty(LANES, np.float32)
     scale = np.empty(LANES, np.float32)
     error = np.empty(LANES, np.float32)
     halves = np.empty(LANES, np.uint16)
@@ -97,9 +43,11 @@ def quantize_group(adjusted, target, upper, weight, codes, scales, errors):
         for r in range(m):
             for j in range(n):
                 x[j, r] = adjusted[first + r, j]
-        _choose_scales(x, weight, inverse, products, squares, best, scale, halves)
+        choose_scales(x, importance, 8, work, scale, halves)
         for r in range(m):
             scales[first + r] = halves[r]
+        for r in range(LANES):
+            inverse[r] = np.float32(1) / scale[r] if scale[r] != 0 else np.float32(0)
         error[:] = 0
         for j in range(n):
             for r in range(m):
@@ -147,7 +95,7 @@ def refine_group(gradient, hessian, codes, scales, errors):
             curve += q[j] * hq[j]
         if curve > 0:
             half = to_half(scale + slope / curve)
-            if half & 0x7FFF != 0 and half & 0x7FFF <= _LARGEST_HALF:
+            if half & 0x7FFF != 0 and half & 0x7FFF <= LARGEST_HALF:
                 step = scale - from_half(half)
                 if step * (np.float32(2) * slope + step * curve) < 0:
                     scale = from_half(half)

@@ -19,7 +19,8 @@ import numpy as np
 
 from edgellama.quant import GROUP_SIZE
 
-from .kernels import LANES, quantize_group, refine_group
+from ..scale_search import LANES
+from .kernels import quantize_group, refine_group
 
 DAMPING = 0.05
 """Of the Hessian's mean diagonal, added to its diagonal: what calibration text cannot know."""
@@ -28,7 +29,7 @@ FEEDBACK = 0.75
 REFINEMENTS = 2
 _BLOCK = GROUP_SIZE
 _PANEL = 1024
-_ROWS_OF_A_JOB = 4 * LANES
+_ROWS_OF_A_JOB = 8 * LANES
 
 Run = Callable[[Callable[[int, int], None], int], None]
 
