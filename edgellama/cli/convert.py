@@ -11,15 +11,15 @@ _DESCRIPTION = "Make one .edgellama file from a Hugging Face Llama checkpoint."
 _EPILOG = """\
 examples: edgellama convert meta-llama/Llama-2-7b-hf -o llama-2-7b.edgellama
           edgellama convert ./my-checkpoint
-          edgellama convert ./my-checkpoint --method gptq --calibration ./my-texts
+          edgellama convert ./my-llama --method gptq --calibration ./my-texts
 
 A hub id is fetched through huggingface_hub, with its cache and token (HF_HOME,
 HF_TOKEN). The checkpoint is read tensor by tensor: memory stays far below its
 size. Interrupted, it leaves nothing behind.
 
---method gptq is slower and much more exact: it runs calibration text through the
-model and lets each weight make up for the errors before it. Interrupted, it goes
-on where it was when the same command is given again.
+--method gptq is slower and much more exact: it runs calibration text through
+the model and lets each weight make up for the errors before it. Interrupted, it
+goes on where it was when the same command is given again.
 
 When it is written, the model is measured against its source on a short text of
 several languages; `edgellama info` shows the figures, `verify` checks answers
