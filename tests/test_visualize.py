@@ -228,6 +228,15 @@ def test_no_label_of_a_picture_is_clipped(tokenizer, tmp_path, monkeypatch):
         assert all(b - a >= 6 * figure.dpi / 72 for a, b in itertools.pairwise(rows))
 
 
+def test_a_character_that_no_font_has_is_spelt_out():
+    pytest.importorskip("matplotlib")
+    from edgellama.visualize.picture import _fonts, _spelt
+
+    families, known = _fonts({"a", "é", "\U0010fffd"})
+    assert families[0] == "DejaVu Sans" and known == {"a", "é"}
+    assert _spelt("aé\U0010fffd", known) == "aé\\U0010fffd"
+
+
 def test_the_verb(model, tmp_path, capsys, monkeypatch):
     assert main(["attention-mask", str(model), "-p", "Hi"]) == 0
     assert "<s> 0 ■ · ·" in capsys.readouterr().out
