@@ -28,9 +28,11 @@ def with_tokenizer(folder, vocab_size=259, **config):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_pad_token_gets_rows_of_zeros(tied, lm_head_bits, tmp_path):
     config = with_tokenizer(tmp_path / "m", tie_word_embeddings=tied)
-    report = convert(tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="<pad>", lm_head_bits=lm_head_bits)
+    report = convert(
+        tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="<pad>", lm_head_bits=lm_head_bits, receipt=False
+    )
     assert any("'<pad>' is the pad token, id 259" in line for line in report.warnings)
-    convert(tmp_path / "m", tmp_path / "o.edgellama", lm_head_bits=lm_head_bits)
+    convert(tmp_path / "m", tmp_path / "o.edgellama", lm_head_bits=lm_head_bits, receipt=False)
     with open_model(tmp_path / "p.edgellama") as padded, open_model(tmp_path / "o.edgellama") as plain:
         assert padded.config.vocab_size == config["vocab_size"] + 1 == 260
         assert padded.config.pad_token_id == 259
@@ -56,7 +58,7 @@ def test_a_model_with_rows_to_spare_keeps_its_size(tmp_path):
     with_tokenizer(tmp_path / "m", vocab_size=300)
     (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {}, "pad_token": "</s>"}))
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
-    convert(tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="[PAD]")
+    convert(tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="[PAD]", receipt=False)
     with open_model(tmp_path / "p.edgellama") as file:
         assert (file.config.vocab_size, file.config.pad_token_id) == (300, 259)
         assert json.loads(file.files["generation_config.json"]) == {"temperature": 0.5, "pad_token_id": 259}

@@ -346,12 +346,12 @@ class Tokenizer(SpecialTokens):
         """The tokenizer, or a copy that splits special tokens, or samples: a call never changes the shared one."""
         if not sampling and split == self._backend.encode_special_tokens:
             return self._backend
-        alpha, nbest = (sampling.get("alpha", 0.1), sampling.get("nbest_size", -1)) if sampling else (None, None)
+        key = (split, *((sampling.get("alpha", 0.1), sampling.get("nbest_size", -1)) if sampling else ()))
         with self._variants_lock:
-            key = (split, alpha, nbest)
             if key not in self._variants:
                 copy = self._variants[key] = self._copy(split)
-                if nbest is not None:
+                if sampling:
+                    alpha, nbest = key[1:]
                     # To SentencePiece any negative number is "all", and 0 the best one; `tokenizers` has 0 for all.
                     copy.model.alpha, copy.model.nbest_size = float(alpha), 0 if nbest < 0 else max(1, nbest)
             return self._variants[key]
