@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from edgellama.generate import AsyncStream, CancelToken, Generation, Stream, Timings, TokenLogprob
     from edgellama.model import Llama, load
     from edgellama.scoring import Score
+    from edgellama.visualize import Attention, visualize_attention_mask
 
 _HOME = {  # public name -> the module that defines it
     "load": "edgellama.model",
@@ -42,6 +43,8 @@ _HOME = {  # public name -> the module that defines it
     "Timings": "edgellama.generate",
     "TokenLogprob": "edgellama.generate",
     "Score": "edgellama.scoring",
+    "Attention": "edgellama.visualize",
+    "visualize_attention_mask": "edgellama.visualize",
     "EdgellamaError": "edgellama.errors",
     "FormatError": "edgellama.errors",
     "ConfigError": "edgellama.errors",
@@ -56,6 +59,7 @@ _HOME = {  # public name -> the module that defines it
 
 __all__ = [
     "AsyncStream",
+    "Attention",
     "CancelToken",
     "CancelledError",
     "ChatTemplateError",
@@ -75,6 +79,7 @@ __all__ = [
     "TokenizerError",
     "__version__",
     "load",
+    "visualize_attention_mask",
 ]
 
 

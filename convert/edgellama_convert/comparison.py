@@ -24,7 +24,7 @@ from edgellama.format import ModelFile, open_model
 from edgellama.perplexity import DEFAULT_CTX, Window, chunks, encode_text
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 
-from .checkpoint import Checkpoint
+from .siblings import as_llama_files, model_type_of, open_checkpoint
 from .source import resolve
 from .walk import Stream, Walk
 from .weights import CheckpointWeights, StoredWeights, Weights, check_same_model
@@ -296,7 +296,7 @@ def _open_source(
 
     origin = resolve(source, revision=revision, offline=offline)
     _, config = read_config(origin.folder)
-    files = read_files(origin.folder)
+    files = as_llama_files(read_files(origin.folder), model_type_of(origin.folder))
     has_tokenizer = {"tokenizer.json", "tokenizer.model"} & set(files)
-    checkpoint = stack.enter_context(Checkpoint(origin.folder))
+    checkpoint = stack.enter_context(open_checkpoint(origin.folder, config))
     return CheckpointWeights(config, checkpoint), load_tokenizer(files, config) if has_tokenizer else None

@@ -21,10 +21,9 @@ import xxhash
 from edgellama import __version__
 from edgellama.backends.cpu.threads import default_threads
 from edgellama.config import LlamaConfig
-from edgellama.errors import ConvertError, FormatError, TokenizerError
+from edgellama.errors import ConvertError, TokenizerError
 from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, model_tensors
 from edgellama.format.schema import LM_HEAD_BITS
-from edgellama.format.strict_json import parse_object
 from edgellama.format.writer import check_replaceable
 from edgellama.quant import GROUP_SIZE, padded_shape
 
@@ -38,14 +37,15 @@ from .receipt import Receipt, make_receipt
 from .report import ConvertReport
 from .resources import MIB, check_calibration_memory, check_memory, plan_buffers, private_bytes
 from .self_text import sample
+from .siblings import MAX_CONFIG_BYTES, as_llama_files, model_type_of, open_checkpoint, read_raw_config, to_llama
 from .source import CONFIG_FILE, Source, resolve
+from .surgery import Model, operate
 from .weights import CheckpointWeights, StoredWeights
 
 SUFFIX = ".edgellama"
 GPTQ, AUTO = "gptq", "auto"
 CALIBRATED_WEIGHTS = 200_000_000
 """In the layers' matrices: up to so many `auto` calibrates. SmolLM2-135M has 106 million, TinyLlama 970 million."""
-MAX_CONFIG_BYTES = 1 * MIB
 MAX_FILE_BYTES = 32 * MIB
 """Of each tokenizer file; Llama-3's tokenizer.json has 9 MB."""
 _OWN_TEXT = "own-text.npz"
@@ -79,6 +79,8 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     receipt: bool = True,
     receipt_progress: Callable[[int, int], None] | None = None,
+    add_pad_token: str | None = None,
+    num_key_value_heads: int | None = None,
 ) -> ConvertReport:
     """Convert a hub id or a local folder into one `.edgellama` file, by default `./<name of the source>.edgellama`.
 
@@ -88,8 +90,9 @@ def convert(
     tokenizer, which lose most and are done in minutes, and "search" for others. lm_head_bits: 4, 8 or 16, of a tied
     embedding too. max_ram: bytes that the process may hold (RSS without pages of mapped files). progress(done, total)
     counts weights. receipt: measure the result against the source and keep the figures in the file;
-    receipt_progress(done, total) tells how far that is.
-    Raises ConvertError, ConfigError or TokenizerError; the destination is then what it was before, or absent.
+    receipt_progress(done, total) tells how far that is. add_pad_token: a token with rows of zeros.
+    num_key_value_heads: average neighbouring heads of keys and values to so many. Raises ConvertError, ConfigError or
+    TokenizerError; the destination is then what it was before, or absent.
     """
     started = time.perf_counter()
     n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)
@@ -100,9 +103,15 @@ def convert(
     origin = resolve(source, revision=revision, token=token, offline=offline)
     destination = Path(f"{origin.name.rsplit('/', 1)[-1]}{SUFFIX}" if out is None else out)
     check_destination(destination)
-    raw_config, config = read_config(origin.folder)
-    files = read_files(origin.folder)
-    warnings = check_tokenizer(files, config)
+    source_raw, source_config = read_config(origin.folder)
+    source_files = read_files(origin.folder)
+    model = operate(
+        Model(source_raw, source_config, as_llama_files(source_files, model_type_of(origin.folder))),
+        add_pad_token=add_pad_token,
+        num_key_value_heads=num_key_value_heads,
+    )
+    raw_config, config, files = model.raw, model.config, dict(model.files)
+    warnings = [*model.changes, *check_tokenizer(files, config)]
     if method == AUTO:
         method = GPTQ if has_tokenizer(files) and _layer_weights(config) <= CALIBRATED_WEIGHTS else "search"
     if method != GPTQ:
@@ -112,7 +121,7 @@ def convert(
         quantize(np.zeros((1, 1), np.float32), bits, plain_method)  # compiles, before memory is measured, time counted
 
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(Checkpoint(origin.folder))
+        checkpoint = stack.enter_context(open_checkpoint(origin.folder, source_config, model.steps))
         specs = model_tensors(config, lm_head_bits)
         plan = plan_tensors(config, specs, checkpoint.tensors)
         work = _Conversion(checkpoint, specs, plan, plain_method, max_ram, n_threads, files, progress)
@@ -122,7 +131,8 @@ def convert(
         work.compare_tied()
         if text is not None:
             check_calibration_memory(max_ram, memory_needed(config, SEQUENCE_TOKENS))
-            state = _work_state(checkpoint, _hashed_files(origin.folder, files), text, lm_head_bits)
+            state = _work_state(checkpoint, _hashed_files(origin.folder, source_files), text, lm_head_bits)
+            state["changes"] = list(model.changes)
             folder = stack.enter_context(WorkFolder(destination, state))
             used = _calibration_ids(text, folder, origin.folder, config, files, max_ram, n_threads)
             extra["calibration"] = used.summary()
@@ -159,7 +169,9 @@ def convert(
                     progress=receipt_progress,
                 )
                 warnings += measured.warnings
-            provenance = _provenance(origin, checkpoint, raw_files=_hashed_files(origin.folder, files))
+            provenance = _provenance(origin, checkpoint, raw_files=_hashed_files(origin.folder, source_files))
+            if model.changes:
+                provenance["changes"] = list(model.changes)
             writer.finish(files, provenance, measured.stored)
         if text is not None:
             folder.remove()
@@ -296,11 +308,8 @@ def check_destination(path: Path) -> None:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], LlamaConfig]:
-    """config.json verbatim, and understood."""
-    try:
-        raw = parse_object(read_small(folder / CONFIG_FILE, MAX_CONFIG_BYTES), CONFIG_FILE, 0)
-    except FormatError as error:
-        raise ConvertError(str(error)) from None
+    """config.json, verbatim or translated to a Llama's (`siblings`), and understood."""
+    raw = to_llama(read_raw_config(folder))
     return raw, LlamaConfig.from_dict(raw)
 
 

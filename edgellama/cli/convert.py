@@ -11,17 +11,17 @@ _DESCRIPTION = "Make one .edgellama file from a Hugging Face Llama checkpoint."
 _EPILOG = """\
 examples: edgellama convert meta-llama/Llama-2-7b-hf -o llama-2-7b.edgellama
           edgellama convert ./my-checkpoint
-          edgellama convert ./my-checkpoint --method gptq --calibration ./my-texts
+          edgellama convert ./my-llama --method gptq --calibration ./my-texts
 
 A hub id is fetched through huggingface_hub, with its cache and token (HF_HOME,
 HF_TOKEN). The checkpoint is read tensor by tensor: memory stays far below its
 size. Interrupted, it leaves nothing behind.
 
---method gptq runs calibration text through the model and lets each weight make up
-for the errors before it: much more exact, and slow. Without --method that is done
-for small models (up to 200 million weights in the layers: minutes); others get
-`search`, which needs no text: a 7B model takes a minute and a half, and two hours
-with gptq. Interrupted, gptq goes on when the same command is given again.
+--method gptq runs calibration text through the model and lets each weight make
+up for the errors before it: much more exact, and slow. Without --method that is
+done for small models (up to 200 million weights in the layers: minutes); others
+get `search`, which needs no text: a 7B model takes a minute and a half, and two
+hours with gptq. Interrupted, gptq goes on when the same command is given again.
 
 When it is written, the model is measured against its source on a short text of
 several languages; `edgellama info` shows the figures, `verify` checks answers
@@ -30,7 +30,11 @@ that are kept with them. For a 7B model this takes about as long again."""
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
-        "convert", help="make an .edgellama file from a checkpoint", description=_DESCRIPTION, epilog=_EPILOG
+        "convert",
+        help="make an .edgellama file from a checkpoint",
+        usage="edgellama convert SOURCE [-o OUT] [options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
     )
     parser.add_argument("source", metavar="SOURCE", help="a hub id (org/name) or a local folder with safetensors")
     parser.add_argument("-o", "--out", metavar="OUT", help="default: the source's last part + .edgellama, here")
@@ -54,6 +58,19 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument(
         "--lm-head-bits", type=int, default=8, choices=(4, 8, 16), help="bits of the output layer (default 8)"
+    )
+    parser.add_argument(
+        "--add-pad-token",
+        nargs="?",
+        const="<pad>",
+        metavar="TOKEN",
+        help="a token to pad with (default <pad>); its rows are zero",
+    )
+    parser.add_argument(
+        "--num-key-value-heads",
+        type=options.positive_int,
+        metavar="N",
+        help="average the heads of keys and values to N",
     )
     parser.add_argument("--no-receipt", action="store_true", help="do not measure the quality against the source")
     parser.add_argument("--max-ram", type=options.byte_size, metavar="SIZE", help="stay below this, e.g. 1.5G")
@@ -103,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
                 progress=progress.update,
                 receipt=not args.no_receipt,
                 receipt_progress=measuring,
+                add_pad_token=args.add_pad_token,
+                num_key_value_heads=args.num_key_value_heads,
             )
         except KeyboardInterrupt:
             progress.close()
