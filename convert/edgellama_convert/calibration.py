@@ -1,13 +1,15 @@
 """The token ids that a calibrated conversion looks at: from the text that ships, from the user's, or from the model.
 
 Every source gives its share of sequences, spread evenly over its text. A sequence starts with BOS if the tokenizer has
-one. Knows text and ids; `self_text` makes the model's own, `gptq` uses them.
+one. A good part of the text that ships comes as chats, where the model has a chat template.
+
+Knows text and ids; `self_text` makes the model's own, `gptq` uses them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ SEQUENCE_TOKENS = 512
 DEFAULT_TOKENS = 32_768
 _FEWEST_TOKENS = 64
 _BUILTIN_TEXT = Path(__file__).parent / "calibration_text"
+_DIALOGUES = "dialogues.txt"
 _MAX_TEXT_BYTES = 64 << 20
 
 
@@ -81,7 +84,15 @@ class CalibrationText:
         # All sequences are equally long: as long as the shortest text, if that is short.
         length = min([length, *(len(bos) + len(tokens) for tokens in read if tokens is not None)])
         share = max(1, round(self.tokens / length / len(read)))
-        parts = [sample(share, length) if tokens is None else _sequences(tokens, bos, share, length) for tokens in read]
+        parts = []
+        for (label, _), tokens in zip(self._texts, read, strict=True):
+            if tokens is None:
+                parts.append(sample(share, length))
+                continue
+            chats = (
+                _chats(tokenizer, config, length, share // 2) if label == BUILTIN else np.empty((0, length), np.int32)
+            )
+            parts += [_sequences(tokens, bos, max(1, share - len(chats)), length), chats]
         ids = np.ascontiguousarray(np.concatenate(parts), np.int32)
         return Calibration(ids, tuple(label for label, _ in self._texts))
 
@@ -101,6 +112,60 @@ def _sequences(tokens: list[int], bos: list[int], wanted: int, length: int) -> n
     n = min(wanted, len(tokens) // body)
     starts = [i * (len(tokens) - body) // max(1, n - 1) for i in range(n)]
     return np.array([bos + tokens[start : start + body] for start in starts], np.int32)
+
+
+def _chats(tokenizer: Tokenizer | None, config: LlamaConfig, length: int, wanted: int) -> np.ndarray:
+    """At most `wanted` sequences of chats as the model's own template writes them; none where it has no template.
+
+    A sequence begins where a chat does, and others follow until it is full. Chat models see little else, and their
+    inputs there are unlike those of plain text.
+    """
+    from edgellama.chat import conversation_text
+
+    assert tokenizer is not None
+    sequences: list[list[int]] = []
+    unfinished: list[int] = []
+    for messages in _conversations():
+        if len(sequences) == wanted:
+            break
+        text = conversation_text(tokenizer, messages)
+        if text is None:
+            break
+        unfinished += [token for token in tokenizer.encode(text, add_special_tokens=False) if token < config.vocab_size]
+        if len(unfinished) >= length:
+            sequences.append(unfinished[:length])
+            unfinished = []
+    return np.array(sequences, np.int32).reshape(-1, length)
+
+
+def _conversations() -> Iterator[list[dict[str, str]]]:
+    """The dialogues that ship, one to three questions each, and passages of the other texts as answers."""
+    pairs = [
+        pair.removeprefix("User: ").split("\nAssistant: ", 1)
+        for pair in (_BUILTIN_TEXT / _DIALOGUES).read_text("utf-8").strip().split("\n\nUser: ")
+    ]
+    passages = [
+        passage
+        for name in ("languages.txt", "prose.txt")
+        for passage in (_BUILTIN_TEXT / name).read_text("utf-8").split("\n\n")
+        if len(passage) > 80
+    ]
+    at = turns = 0
+    while at < len(pairs) or passages:
+        if at < len(pairs):
+            turns = turns % 3 + 1
+            talk, at = pairs[at : at + turns], at + turns
+            yield [
+                {"role": role, "content": content}
+                for question, answer in talk
+                for role, content in (("user", question), ("assistant", answer))
+            ]
+        if passages:
+            passage = passages.pop(0)
+            yield [
+                {"role": "user", "content": f"{' '.join(passage.split()[:8])[:60]} ..."},
+                {"role": "assistant", "content": passage},
+            ]
 
 
 def _label(source: str | os.PathLike[str]) -> str:
