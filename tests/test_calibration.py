@@ -1,12 +1,13 @@
 """Calibration text: where it comes from, what it is cut into, and what is wrong with it in one line."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from checkpoints import make_checkpoint
+from checkpoints import make_checkpoint, random_weights, write_safetensors
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError
 from edgellama.tokenizer import load_tokenizer
@@ -19,15 +20,9 @@ from edgellama_convert.receipt import heldout_text
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint):
     """The config and the tokenizer (id: 3 + byte, BOS 1) of a model of 128 positions."""
-    config = LlamaConfig.from_dict(dict(make_config(tiny_checkpoint)))
+    config = LlamaConfig.from_dict(json.loads((tiny_checkpoint / "config.json").read_text()))
     files = {"tokenizer.json": (tiny_checkpoint / "tokenizer.json").read_bytes()}
     return SimpleNamespace(config=config, tokenizer=load_tokenizer(files, config))
-
-
-def make_config(folder):
-    import json
-
-    return json.loads((folder / "config.json").read_text())
 
 
 def no_sample(sequences, length):
@@ -247,8 +242,6 @@ def test_own_text_follows_the_models_distribution():
 
 
 def test_a_model_that_overflows_cannot_write(tmp_path):
-    from checkpoints import random_weights, write_safetensors
-
     config = make_checkpoint(tmp_path / "model", max_position_embeddings=16)
     weights = random_weights(config, 0)
     weights["model.norm.weight"] *= np.float32(1e38)
