@@ -26,7 +26,8 @@ from edgellama_convert.gptq import CalibratedLayers, WorkFolder, driver
 from edgellama_convert.receipt import heldout_text
 
 SMALL = {"hidden_size": 96, "intermediate_size": 144, "num_hidden_layers": 3, "max_position_embeddings": 64}
-OPTIONS = {"method": "gptq", "calibration_tokens": 1024}
+LAYERS_TO_KILL = 6
+OPTIONS = {"method": "gptq", "calibration_tokens": 256, "receipt": False}
 
 
 def make_source(folder, **changes):
@@ -42,13 +43,14 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(source, tmp_path_factory):
-    """The report of an undisturbed conversion. Do not change its file."""
-    return convert(source, tmp_path_factory.mktemp("made") / "m.edgellama", **OPTIONS, n_threads=2)
+    """The report of a conversion with a receipt. Do not change its file."""
+    return convert(source, tmp_path_factory.mktemp("made") / "m.edgellama", method="gptq", calibration_tokens=2048)
 
 
 @pytest.fixture(scope="module")
-def expected(made):
-    return made.out.read_bytes()
+def expected(source, tmp_path_factory):
+    """The bytes that an undisturbed conversion with `OPTIONS` gives."""
+    return convert(source, tmp_path_factory.mktemp("expected") / "m.edgellama", **OPTIONS).out.read_bytes()
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def only(out):
         {"num_key_value_heads": 6, "attention_bias": True},
         {"num_key_value_heads": 1, "mlp_bias": True, "tie_word_embeddings": True},
         {"head_dim": 24, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
-        {"hidden_size": 132, "intermediate_size": 300, "hidden_act": "relu"},
+        {"hidden_size": 132, "intermediate_size": 150, "hidden_act": "relu"},
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "hidden_act": "gelu_pytorch_tanh"},
         {"hidden_size": 6, "intermediate_size": 5, "num_attention_heads": 3, "num_key_value_heads": 1},
     ],
@@ -155,7 +157,7 @@ def test_the_file_tells_how_it_was_calibrated(made, source, capsys):
     summary = quantization["calibration"]
     assert quantization["method"] == receipt["method"] == made.method == "gptq"
     assert receipt["calibration"] == summary
-    assert summary.pop("xxh3_128") and summary == {"sources": ["builtin"], "sequences": 16, "sequence_tokens": 64}
+    assert summary.pop("xxh3_128") and summary == {"sources": ["builtin"], "sequences": 32, "sequence_tokens": 64}
     assert main(["verify", str(made.out)]) == 0
     assert main(["info", str(made.out)]) == 0
     assert "builtin" in capsys.readouterr().out
@@ -194,9 +196,8 @@ def test_the_same_bytes_for_any_threads_and_again(made, source, expected, tmp_pa
 @pytest.mark.parametrize("tied", [False, True])
 def test_lm_head_bits_and_tied_embeddings(tied, lm_head_bits, tmp_path):
     source = make_source(tmp_path / "source", tie_word_embeddings=tied, num_hidden_layers=1)
-    options = {"lm_head_bits": lm_head_bits, "receipt": False}
-    ours = convert(source, tmp_path / "m.edgellama", method="gptq", calibration_tokens=256, **options)
-    plain = convert(source, tmp_path / "s.edgellama", method="search", **options)
+    ours = convert(source, tmp_path / "m.edgellama", **OPTIONS, lm_head_bits=lm_head_bits)
+    plain = convert(source, tmp_path / "s.edgellama", method="search", lm_head_bits=lm_head_bits, receipt=False)
     with open_model(ours.out) as file, open_model(plain.out) as other:
         file.verify()
         assert file.lm_head_bits == lm_head_bits and set(file.tensors) == set(other.tensors)
@@ -205,24 +206,25 @@ def test_lm_head_bits_and_tied_embeddings(tied, lm_head_bits, tmp_path):
             assert same != (".layers." in name and name.endswith((".qweight", ".scales"))), name
 
 
-def test_text_of_the_users_and_the_models_own(source, made, tmp_path):
+def test_text_of_the_users_and_the_models_own(source, expected, tmp_path):
     (tmp_path / "text.txt").write_text(heldout_text(), encoding="utf-8")
+    out = tmp_path / "out" / "m.edgellama"
+    out.parent.mkdir()
     for calibration in ("self", tmp_path / "text.txt", ["builtin", "self", str(tmp_path / "text.txt")]):
-        out = tmp_path / "out" / "m.edgellama"
-        out.parent.mkdir(exist_ok=True)
-        report = convert(source, out, **OPTIONS, calibration=calibration)
-        again = convert(source, out, **OPTIONS, calibration=calibration, n_threads=1)
-        assert again.quality == report.quality and only(out)
+        found = [
+            convert(source, out, **OPTIONS, calibration=calibration, n_threads=threads).out.read_bytes()
+            for threads in (2, 1)
+        ]
+        assert found[0] == found[1] != expected and only(out)
         with open_model(out) as file:
-            stored = file.receipt["calibration"]
+            stored = file.header["quantization"]["calibration"]
         names = [calibration] if not isinstance(calibration, list) else calibration
         assert stored["sources"] == [os.path.basename(name) for name in names]
-        assert report.quality["kl_mean"] != made.quality["kl_mean"]
 
 
 def test_progress_counts_every_weight_once(source, made, tmp_path):
     calls = []
-    convert(source, tmp_path / "m.edgellama", **OPTIONS, progress=lambda *args: calls.append(args), receipt=False)
+    convert(source, tmp_path / "m.edgellama", **OPTIONS, progress=lambda *args: calls.append(args))
     done = [done for done, _ in calls]
     assert done == sorted(done) and len(done) >= 3 * 7
     assert calls[-1] == (made.weights, made.weights)
@@ -231,7 +233,7 @@ def test_progress_counts_every_weight_once(source, made, tmp_path):
 # -- what cannot be done -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factor", [1e17, 1e18, 1e19, 1e25, 1e38])
+@pytest.mark.parametrize("factor", [1e17, 1e19, 1e25, 1e38])
 def test_activations_that_overflow_are_an_error_not_a_hang(factor, tmp_path, recwarn):
     make_source(tmp_path / "source", tie_word_embeddings=True, num_hidden_layers=1)
     config = json.loads((tmp_path / "source" / "config.json").read_text())
@@ -240,7 +242,7 @@ def test_activations_that_overflow_are_an_error_not_a_hang(factor, tmp_path, rec
     write_safetensors(tmp_path / "source" / "model.safetensors", weights, "float32")
     out = tmp_path / "out" / "m.edgellama"
     out.parent.mkdir()
-    if factor > 1e18:
+    if factor > 1e17:
         with pytest.raises(ConvertError, match="layer 0: its activations are not finite"):
             convert(tmp_path / "source", out, **OPTIONS)
         assert list(out.parent.iterdir()) == []
@@ -282,9 +284,9 @@ def test_a_folder_that_cannot_be_written(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "tokens, limit, where",
     [
-        (1024, 100, "state.json"),
-        (1024, 300_000, "x-00000"),
-        (1024, 500_000, "scratch-gated"),
+        (256, 100, "state.json"),
+        (256, 50_000, "x-00000"),
+        (256, 120_000, "scratch-gated"),
         (64, 45_000, "layer-00000"),
     ],
 )
@@ -339,7 +341,7 @@ def test_interrupted_again_and_again(source, expected, tmp_path, layers_worked_o
     for matrices in (8, 3, 1 + 7, 2 + 7):  # a layer that is done is counted at once
         interrupted(source, out, matrices)
     assert convert(source, out, **OPTIONS).out.read_bytes() == expected
-    assert layers_worked_on == [0, 1, 1, 1, 2, 2] and only(out)
+    assert layers_worked_on == [0, 1, 1, 1, 1, 2, 2] and only(out)
 
 
 def touch_weights(folder, monkeypatch):
@@ -372,13 +374,13 @@ def other_version(folder, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [touch_weights, other_weights, other_norm, other_tokenizer, other_text, other_version,
-     {"calibration_tokens": 900}, {"calibration": "builtin"}, {"lm_head_bits": 4}],
+     {"calibration_tokens": 300}, {"calibration": "builtin"}, {"lm_head_bits": 4}],
     ids=lambda change: change.__name__ if callable(change) else next(iter(change)),
 )  # fmt: skip
 def test_what_the_work_depends_on_begins_it_anew(change, tmp_path, monkeypatch, layers_worked_on):
     folder, out = make_source(tmp_path / "source"), tmp_path / "m.edgellama"
     (tmp_path / "text.txt").write_text(heldout_text(), encoding="utf-8")
-    options = {**OPTIONS, "calibration": tmp_path / "text.txt", "receipt": False}
+    options = {**OPTIONS, "calibration": tmp_path / "text.txt"}
     interrupted(folder, out, 15, **options)
     if callable(change):
         change(folder, monkeypatch)
@@ -393,9 +395,10 @@ def test_what_the_work_depends_on_begins_it_anew(change, tmp_path, monkeypatch, 
 
 def test_threads_memory_and_progress_do_not_begin_it_anew(source, expected, tmp_path, layers_worked_on):
     out = tmp_path / "m.edgellama"
-    interrupted(source, out, 15, n_threads=2, receipt=False)
+    interrupted(source, out, 15, n_threads=2)
+    layers_worked_on.clear()
     assert convert(source, out, **OPTIONS, n_threads=1, max_ram=32 << 30).out.read_bytes() == expected
-    assert layers_worked_on == [0, 1, 2]
+    assert layers_worked_on == [2]
 
 
 def shorten(path, nbytes):
@@ -455,17 +458,17 @@ def test_any_damaged_byte_of_a_layers_file_is_noticed_or_does_not_matter(tmp_pat
         data, noticed = path.read_bytes(), 0
         for place in range(len(data)):
             flip(path, place)
-            if folder.is_whole(path.name):
+            if folder.is_whole(path.name, arrays):
                 assert all((folder.load_array(path.name, key) == arrays[key]).all() for key in arrays)
             else:
                 noticed += 1
             path.write_bytes(data)
-        assert noticed > len(data) / 2 and folder.layers_done() == 1
+        assert noticed > len(data) / 2 and folder.is_whole(path.name, arrays)
 
 
 def test_own_text_is_kept_over_an_interruption(source, tmp_path, monkeypatch):
     out = tmp_path / "m.edgellama"
-    options = {**OPTIONS, "calibration": "self", "calibration_tokens": 256}
+    options = {**OPTIONS, "calibration": "self"}
     want = convert(source, out, **options).out.read_bytes()
     out.unlink()
     interrupted(source, out, 3, **options)
@@ -482,11 +485,11 @@ def test_two_conversions_to_one_destination_at_once(source, expected, tmp_path):
     with WorkFolder(out, {"other": 1}) as folder:
         if storage.fcntl is None:
             pytest.skip("no locks on this system")
-        folder.save_arrays("layer-00000.npz", {})
+        folder.save_arrays("layer-00000.npz", {"a": np.zeros(1)})
         for name in (out, link):
             with pytest.raises(ConvertError, match=r"another conversion to it is running; wait for it"):
                 convert(source, name, **OPTIONS)
-        assert folder.layers_done() == 1 and out.read_bytes() == expected
+        assert folder.is_whole("layer-00000.npz", ["a"]) and out.read_bytes() == expected
     assert convert(source, out, **OPTIONS).out.read_bytes() == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.edgellama", "m.edgellama"]
 
@@ -525,25 +528,31 @@ def test_folders_that_come_and_go_are_never_shared(tmp_path):
 
 
 def kill_at_random_moments(source, folder, times, seed):
-    """Start the same conversion again and again, each killed after a random part of what a whole one takes."""
+    """Start the same conversion again and again, each killed a random while after a random layer is done."""
     out = folder / "m.edgellama"
     started = time.perf_counter()
     assert os.waitpid(in_child(source, out), 0)[1] == 0
-    duration = time.perf_counter() - started
+    a_layer = (time.perf_counter() - started) / LAYERS_TO_KILL
     expected = out.read_bytes()
     out.unlink()
     moments, killed, layers = random.Random(seed), 0, set()
     for _ in range(times):
-        pid = in_child(source, out)
-        time.sleep(moments.uniform(0, 0.8 * duration))
-        os.kill(pid, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        layer = work_folder(out) / f"layer-{moments.randrange(LAYERS_TO_KILL):05d}.npz"
+        pid, status = in_child(source, out), None
+        while status is None and not layer.exists():
+            ended, code = os.waitpid(pid, os.WNOHANG)
+            status = code if ended else None
+        time.sleep(moments.uniform(0, a_layer))
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+        killed += os.WIFSIGNALED(status)
         layers.add(len(list(work_folder(out).glob("layer-*.npz"))))
         if out.exists():
             assert out.read_bytes() == expected
             out.unlink()
             shutil.rmtree(work_folder(out), ignore_errors=True)
-    assert killed and len(layers) > 1  # some were killed, with work done or not
+    assert killed > times // 3 and len(layers) > 1
     assert convert(source, out, **OPTIONS).out.read_bytes() == expected
     assert only(out)
 
@@ -554,7 +563,7 @@ def in_child(source, out):
     if pid == 0:
         status = 1
         try:
-            convert(source, out, **OPTIONS, n_threads=2, receipt=True)
+            convert(source, out, **OPTIONS, n_threads=2)
             status = 0
         finally:
             os._exit(status)
@@ -562,40 +571,46 @@ def in_child(source, out):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes the POSIX way")
-def test_kill_9_and_again_gives_the_same_bytes(source, expected, tmp_path):
-    kill_at_random_moments(source, tmp_path, times=4, seed=1)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes the POSIX way")
-def test_kill_9_at_twenty_moments(tmp_path):
-    source = make_source(tmp_path / "source", num_hidden_layers=8)
+@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_and_again_gives_the_same_bytes(times, tmp_path):
+    source = make_source(tmp_path / "source", num_hidden_layers=LAYERS_TO_KILL)
+    convert(source, tmp_path / "warm.edgellama", **OPTIONS)  # compiles
     (tmp_path / "out").mkdir()
-    convert(source, tmp_path / "warm.edgellama", **OPTIONS)
-    kill_at_random_moments(source, tmp_path / "out", times=20, seed=2)
+    kill_at_random_moments(source, tmp_path / "out", times, seed=times)
 
 
 # -- the command line ----------------------------------------------------------------------------------------------
 
 
 def command(source, out, *more):
-    return ["convert", str(source), "-o", str(out), "--method", "gptq", "--calibration-tokens", "1024", *more]
+    return [
+        "convert",
+        str(source),
+        "-o",
+        str(out),
+        "--method",
+        "gptq",
+        "--calibration-tokens",
+        "256",
+        "--no-receipt",
+        *more,
+    ]
 
 
 def test_the_command(source, expected, tmp_path, capsys):
     out = tmp_path / "m.edgellama"
     assert main(command(source, out)) == 0
     stdout, stderr = capsys.readouterr()
-    assert stdout == f"{out}\n" and "cost   KL" in stderr and out.read_bytes() == expected
+    assert stdout == f"{out}\n" and "error  at most" in stderr and out.read_bytes() == expected
     (tmp_path / "text.txt").write_text(heldout_text(), encoding="utf-8")
     sources = ["--calibration", "self", "--calibration", str(tmp_path / "text.txt")]
     assert main(command(source, out, *sources, "-t", "1", "--json")) == 0
     stdout, stderr = capsys.readouterr()
     report = json.loads(stdout)
-    assert report["method"] == "gptq" and report["quality"]["kl_mean"] > 0
+    assert report["method"] == "gptq" and len(report["errors"]) == 3 * 7 + 2
     with open_model(out) as file:
-        assert file.receipt["calibration"]["sources"] == ["self", "text.txt"]
-        assert file.receipt["calibration"]["sequences"] == 16
+        calibration = file.header["quantization"]["calibration"]
+    assert calibration["sources"] == ["self", "text.txt"] and calibration["sequences"] == 4
 
 
 @pytest.mark.parametrize(
@@ -608,9 +623,9 @@ def test_the_command(source, expected, tmp_path, capsys):
     ],
 )
 def test_wrong_usage(options, problem, source, tmp_path, capsys):
-    with pytest.raises(SystemExit) as error:
-        main(["convert", str(source), "-o", str(tmp_path / "m.edgellama"), *options])
-    assert error.value.code == 2 and problem in capsys.readouterr().err
+    assert main(["convert", str(source), "-o", str(tmp_path / "m.edgellama"), *options]) == 2
+    stderr = capsys.readouterr().err
+    assert problem in stderr and stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
