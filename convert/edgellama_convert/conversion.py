@@ -379,7 +379,7 @@ def _calibration_ids(
         raise ConvertError(f"the source has no tokenizer to read calibration text with: use --calibration {SELF}")
 
     def own_text(sequences: int, length: int) -> np.ndarray:
-        if not folder.is_whole(_OWN_TEXT):
+        if not folder.is_whole(_OWN_TEXT, ["ids"]):
             draft = folder.path / f"draft{SUFFIX}"
             convert(source, draft, method="search", max_ram=max_ram, n_threads=n_threads, receipt=False)
             bos = config.bos_token_id if tokenizer is None else tokenizer.bos_id

@@ -69,7 +69,11 @@ class CalibratedLayers:
 
     def run(self) -> None:
         """Do the layers that the work folder lacks."""
-        done, layers = self._work.layers_done(), self._config.num_hidden_layers
+        layers = self._config.num_hidden_layers
+        keys = [f"{name}.{what}" for name in MATRICES for what in ("codes", "scales", "error")]
+        done = 0
+        while done < layers and self._work.is_whole(_layer_file(done), keys):
+            done += 1
         nbytes = 4 * self._ids.size * self._config.hidden_size
         inputs = f"x-{done:05d}.source", f"x-{done:05d}.quantized"
         if done < layers and any(self._work.nbytes(name) != nbytes for name in inputs):

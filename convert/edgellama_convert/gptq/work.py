@@ -16,8 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -28,7 +27,6 @@ from edgellama.errors import ConvertError
 from edgellama.format import storage
 
 _LOCK, _STATE = "lock", "state.json"
-_LAYER = re.compile(r"layer-(\d{5})\.npz")
 
 
 class Stream:
@@ -96,10 +94,11 @@ class WorkFolder:
     def _take_lock(self, destination: Path) -> int:
         path = self.path / _LOCK
         while True:
-            self.path.mkdir(exist_ok=True)
             with contextlib.suppress(FileExistsError):
-                storage.close(storage.create(path))
+                self.path.mkdir()
             with contextlib.suppress(FileNotFoundError):  # a conversion has just ended, and taken its folder away
+                with contextlib.suppress(FileExistsError):
+                    storage.close(storage.create(path))
                 fd = storage.open_existing(path)
                 if storage.try_lock(fd) is False:
                     storage.close(fd)
@@ -119,14 +118,6 @@ class WorkFolder:
         for entry in self.path.iterdir():
             if entry.name != _LOCK:
                 entry.unlink()
-
-    def layers_done(self) -> int:
-        """How many layers, from the first on, have their files; they are read, to see that they are whole."""
-        found = {int(match[1]): entry for entry in self.path.iterdir() if (match := _LAYER.fullmatch(entry.name))}
-        done = 0
-        while done in found and self.is_whole(found[done].name):
-            done += 1
-        return done
 
     def stream(self, name: str, width: int) -> Stream:
         return Stream(self.path / name, width)
@@ -169,11 +160,11 @@ class WorkFolder:
                 raise
             storage.fsync_folder(self.path)
 
-    def is_whole(self, name: str) -> bool:
-        """Whether there is such an .npz file, with the checksums it should have; reads all of it."""
+    def is_whole(self, name: str, keys: Iterable[str]) -> bool:
+        """Whether there is an .npz file with these arrays and the checksums it should have; reads all of it."""
         try:
             with np.load(self.path / name, allow_pickle=False) as arrays:
-                return all(isinstance(arrays[key], np.ndarray) for key in arrays)
+                return all(isinstance(arrays[key], np.ndarray) for key in keys)
         except Exception:  # NumPy and zipfile tell of damage in a dozen ways
             return False
 
