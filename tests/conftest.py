@@ -46,7 +46,7 @@ def tiny_model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     from edgellama_convert import convert
 
     out = tmp_path_factory.mktemp("models") / "tiny.edgellama"
-    convert(tiny_checkpoint, out)
+    convert(tiny_checkpoint, out, method="search")
     return out
 
 

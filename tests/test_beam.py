@@ -474,7 +474,7 @@ def test_texts_and_scores_are_those_of_transformers(name, tmp_path):
     for seed in range(2):
         folder = tmp_path / str(seed)
         config = make_checkpoint(folder / "hf", seed=seed, **CONFIGS[name])
-        convert(folder / "hf", folder / "m.edgellama")
+        convert(folder / "hf", folder / "m.edgellama", method="search")
         export_hf(folder / "m.edgellama", folder / "exported", dtype="float32")
         model = LlamaForCausalLM.from_pretrained(folder / "exported", dtype=torch.float32).eval()
         vocab, length = config["vocab_size"], 12
@@ -529,7 +529,7 @@ def test_texts_of_a_real_model_are_those_of_transformers(minimind_dir, tmp_path)
     from edgellama_convert import convert, export_hf
 
     torch.set_num_threads(1)
-    convert(minimind_dir, tmp_path / "m.edgellama")
+    convert(minimind_dir, tmp_path / "m.edgellama", method="search")
     export_hf(tmp_path / "m.edgellama", tmp_path / "exported", dtype="float32")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
     for device in ("reference", "cpu"):

@@ -13,7 +13,14 @@ from edgellama.errors import ConvertError
 from edgellama.tokenizer import load_tokenizer
 from edgellama_convert import calibration as module
 from edgellama_convert import convert, self_text
-from edgellama_convert.calibration import BUILTIN, DEFAULT_TOKENS, SELF, SEQUENCE_TOKENS, CalibrationText
+from edgellama_convert.calibration import (
+    BUILTIN,
+    DEFAULT_TOKENS,
+    SELF,
+    SEQUENCE_TOKENS,
+    SMALL_MODEL_TOKENS,
+    CalibrationText,
+)
 from edgellama_convert.receipt import heldout_text
 
 
@@ -64,8 +71,10 @@ def test_sequences_lie_apart_and_spread_over_the_text(model, tmp_path, tokens, n
 
 def test_length_and_number_by_default(model):
     long = ids_of(model, [BUILTIN], max_position_embeddings=4096).ids
-    assert long.shape == (DEFAULT_TOKENS // SEQUENCE_TOKENS, SEQUENCE_TOKENS)
-    assert ids_of(model, [BUILTIN]).ids.shape == (DEFAULT_TOKENS // 128, 128)
+    assert long.shape == (SMALL_MODEL_TOKENS // SEQUENCE_TOKENS, SEQUENCE_TOKENS)
+    assert ids_of(model, [BUILTIN]).ids.shape == (SMALL_MODEL_TOKENS // 128, 128)
+    wide = ids_of(model, [BUILTIN], intermediate_size=200_000).ids  # 230 million weights
+    assert wide.shape == (DEFAULT_TOKENS // 128, 128)
 
 
 def test_without_a_bos_sequences_are_all_text(model, tmp_path):
@@ -146,13 +155,13 @@ def test_state_changes_with_the_text_the_order_and_the_tokens(tmp_path):
     (tmp_path / "a").write_text("abcx")
     states.append(state("a"))
     assert all(a != b for i, a in enumerate(states) for b in states[:i])
-    assert state("a") == states[-1] == state("a", tokens=DEFAULT_TOKENS)
+    assert state("a") == states[-1]
 
 
 def test_the_builtin_text_is_not_what_receipts_are_measured_on():
     (_, text), *_ = CalibrationText([BUILTIN], None)._texts
     lines = {line.strip() for line in text.splitlines() if len(line.strip()) > 30}
-    assert len(text.encode()) > 3 * DEFAULT_TOKENS
+    assert len(text.encode()) > 3 * 32_768
     assert not [line for line in heldout_text().splitlines() if line.strip() in lines]
 
 

@@ -126,7 +126,7 @@ def minimind(minimind_dir, tmp_path_factory):
     from edgellama_convert import convert
 
     out = tmp_path_factory.mktemp("models") / "minimind.edgellama"
-    convert(minimind_dir, out)
+    convert(minimind_dir, out, method="search")
     return out
 
 

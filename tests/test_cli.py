@@ -367,12 +367,13 @@ def test_verify(tiny_model, tmp_path, capsys):
 
 def test_convert_tells_and_keeps_stdout_for_the_answer(tiny_checkpoint, tmp_path, capsys):
     out_path = tmp_path / "t.edgellama"
-    assert main(["convert", str(tiny_checkpoint), "-o", str(out_path)]) == 0
+    calibrated = ["--method", "gptq", "--calibration-tokens", "1024"]
+    assert main(["convert", str(tiny_checkpoint), "-o", str(out_path), *calibrated]) == 0
     out, err = capsys.readouterr()
     assert out == f"{out_path}\n"
     for word in ("bits  ", "error  at most", "weights/s", f"edgellama generate {out_path}"):
         assert word in err
-    assert main(["convert", str(tiny_checkpoint), "-o", str(out_path), "--json"]) == 0
+    assert main(["convert", str(tiny_checkpoint), "-o", str(out_path), "--json", *calibrated]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["file_bytes"] == out_path.stat().st_size
 
@@ -450,7 +451,7 @@ def test_sigint_ends_a_reply_with_what_it_has(tiny_checkpoint, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": []}')
-    convert(checkpoint, tmp_path / "long.edgellama")
+    convert(checkpoint, tmp_path / "long.edgellama", method="search")
     argv = ["generate", str(tmp_path / "long.edgellama"), "-p", "a", "-n", "90000", "--device", "reference"]
     process = subprocess.Popen([*COMMAND, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

@@ -76,7 +76,7 @@ def test_groups_of_windows_do_not_show(tiny_model, tiny_checkpoint, monkeypatch)
 
 
 def test_the_weights_errors_are_the_converters(tiny_checkpoint, tmp_path):
-    report = convert(tiny_checkpoint, tmp_path / "m.edgellama", receipt=False)
+    report = convert(tiny_checkpoint, tmp_path / "m.edgellama", receipt=False, method="search")
     result = compare(report.out, tiny_checkpoint, TEXT, ctx=64, max_windows=1)
     assert result.windows == 1
     want = {name.removesuffix(".weight"): error for name, error in report.errors.items() if "embed" not in name}

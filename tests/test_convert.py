@@ -107,7 +107,7 @@ def test_same_bytes_for_any_threads_memory_and_place(tmp_path, monkeypatch):
     # Slabs and chunks of a single row block.
     monkeypatch.setattr("edgellama_convert.resources.DEFAULT_SLAB_WEIGHTS", 1)
     monkeypatch.setattr("edgellama_convert.resources._CHUNK_WEIGHTS", 1)
-    convert(tmp_path / "a" / "model", tmp_path / "small.edgellama", n_threads=2)
+    convert(tmp_path / "a" / "model", tmp_path / "small.edgellama", n_threads=2, method="search")
     files.append((tmp_path / "small.edgellama").read_bytes())
     assert all(data == files[0] for data in files)
     assert str(tmp_path).encode() not in files[0]
@@ -116,7 +116,9 @@ def test_same_bytes_for_any_threads_memory_and_place(tmp_path, monkeypatch):
 def test_report_says_what_happened(tmp_path):
     make_checkpoint(tmp_path / "model")
     calls = []
-    report = convert(tmp_path / "model", tmp_path / "m.edgellama", progress=lambda *args: calls.append(args))
+    report = convert(
+        tmp_path / "model", tmp_path / "m.edgellama", progress=lambda *args: calls.append(args), method="search"
+    )
     assert report.file_bytes == report.out.stat().st_size
     assert report.source_bytes == (tmp_path / "model" / "model.safetensors").stat().st_size
     assert report.weights == sum(w.size for w in random_weights(json.loads(_config(tmp_path)), 0).values())
@@ -150,7 +152,7 @@ def test_reported_error_is_that_of_the_file(tmp_path):
 def test_default_destination_is_named_after_the_source(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "models" / "Tiny-1.5")
     monkeypatch.chdir(tmp_path)
-    assert convert("models/Tiny-1.5/").out.resolve() == tmp_path / "Tiny-1.5.edgellama"
+    assert convert("models/Tiny-1.5/", method="search").out.resolve() == tmp_path / "Tiny-1.5.edgellama"
     monkeypatch.chdir(tmp_path / "models" / "Tiny-1.5")
     assert convert(".", method="rtn").out.name == "Tiny-1.5.edgellama"
 
@@ -167,7 +169,7 @@ def test_tokenizer_files_are_kept_verbatim(tmp_path, models_dir):
         extra[name] = (models_dir / "minimind2-small" / name).read_bytes()
         (tmp_path / "model" / name).write_bytes(extra[name])
     (tmp_path / "model" / "README.md").write_bytes(b"not a part of the model")
-    report = convert(tmp_path / "model", tmp_path / "m.edgellama")
+    report = convert(tmp_path / "model", tmp_path / "m.edgellama", method="search")
     assert set(report.files) == set(extra) and not report.warnings
     with open_model(report.out) as model:
         assert dict(model.files) == extra
@@ -177,7 +179,7 @@ def test_provenance_names_every_source_file_with_its_hash(tmp_path):
     import xxhash
 
     make_checkpoint(tmp_path / "model", shards=2)
-    out = convert(tmp_path / "model", tmp_path / "m.edgellama").out
+    out = convert(tmp_path / "model", tmp_path / "m.edgellama", method="search").out
     with open_model(out) as model:
         provenance = model.provenance
     files = provenance["files"]
@@ -199,7 +201,7 @@ def test_provenance_names_every_source_file_with_its_hash(tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 0x80
     path.write_bytes(data)
-    convert(tmp_path / "model", tmp_path / "m2.edgellama")
+    convert(tmp_path / "model", tmp_path / "m2.edgellama", method="search")
     with open_model(tmp_path / "m2.edgellama") as model:
         assert model.provenance["files"][shards[0]] == files[shards[0]]
         assert model.provenance["files"][shards[1]] != files[shards[1]]
@@ -208,7 +210,7 @@ def test_provenance_names_every_source_file_with_its_hash(tmp_path):
 def test_max_ram_too_small_says_how_much_is_needed(tmp_path):
     make_checkpoint(tmp_path / "model")
     with pytest.raises(ConvertError, match=r"--max-ram 1 MiB is too little .* at least (\d+) MiB"):
-        convert(tmp_path / "model", tmp_path / "m.edgellama", max_ram=1 << 20)
+        convert(tmp_path / "model", tmp_path / "m.edgellama", max_ram=1 << 20, method="search")
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 
 
@@ -218,7 +220,7 @@ def test_memory_measured_above_max_ram_stops_the_conversion(tmp_path, monkeypatc
     monkeypatch.setattr("edgellama_convert.conversion.private_bytes", lambda: next(held, 600 << 20))
     monkeypatch.setattr("edgellama_convert.resources.private_bytes", lambda: 100 << 20)
     with pytest.raises(ConvertError, match="holds 600 MiB, more than --max-ram 512 MiB"):
-        convert(tmp_path / "model", tmp_path / "m.edgellama", max_ram=512 << 20)
+        convert(tmp_path / "model", tmp_path / "m.edgellama", max_ram=512 << 20, method="search")
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 
 
@@ -243,18 +245,18 @@ def test_buffers_fit_into_max_ram_or_the_least_that_is_named(monkeypatch):
 def test_existing_destinations(tmp_path):
     make_checkpoint(tmp_path / "model")
     out = tmp_path / "m.edgellama"
-    first = convert(tmp_path / "model", out).out.read_bytes()
+    first = convert(tmp_path / "model", out, method="search").out.read_bytes()
     convert(tmp_path / "model", out, method="rtn")  # a model file is replaced
     assert out.read_bytes() != first
     precious = tmp_path / "thesis.tex"
     precious.write_text("words")
     with pytest.raises(EdgellamaError, match=r"thesis\.tex.* not an \.edgellama file"):
-        convert(tmp_path / "model", precious)
+        convert(tmp_path / "model", precious, method="search")
     assert precious.read_text() == "words"
     with pytest.raises(EdgellamaError, match="is a folder"):
-        convert(tmp_path / "model", tmp_path)
+        convert(tmp_path / "model", tmp_path, method="search")
     with pytest.raises(EdgellamaError, match="does not exist"):
-        convert(tmp_path / "model", tmp_path / "nowhere" / "m.edgellama")
+        convert(tmp_path / "model", tmp_path / "nowhere" / "m.edgellama", method="search")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
@@ -295,11 +297,11 @@ def test_ignored_tensors_are_named(tmp_path):
 
     config = make_checkpoint(tmp_path / "model")
     weights = random_weights(config, 0)
-    plain = convert(tmp_path / "model", tmp_path / "plain.edgellama")
+    plain = convert(tmp_path / "model", tmp_path / "plain.edgellama", method="search")
     for name in ("model.layers.1.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"):
         weights[name] = np.ones(16, np.float32)
     write_safetensors(tmp_path / "model" / "model.safetensors", weights, "float16")
-    report = convert(tmp_path / "model", tmp_path / "m.edgellama")
+    report = convert(tmp_path / "model", tmp_path / "m.edgellama", method="search")
     assert set(report.ignored) == {"model.layers.1.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"}
     assert report.errors == plain.errors
 
@@ -311,12 +313,12 @@ def test_a_tied_model_may_store_its_lm_head_if_it_is_equal(tmp_path):
     weights = random_weights(config, 0)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
     write_safetensors(tmp_path / "model" / "model.safetensors", weights, "float16")
-    report = convert(tmp_path / "model", tmp_path / "m.edgellama")
+    report = convert(tmp_path / "model", tmp_path / "m.edgellama", method="search")
     assert "tied" in report.ignored["lm_head.weight"]
     weights["lm_head.weight"][-1, -1] += 1
     write_safetensors(tmp_path / "model" / "model.safetensors", weights, "float16")
     with pytest.raises(ConvertError, match='different values; set "tie_word_embeddings": false'):
-        convert(tmp_path / "model", tmp_path / "m2.edgellama")
+        convert(tmp_path / "model", tmp_path / "m2.edgellama", method="search")
 
 
 @pytest.mark.parametrize(
@@ -338,7 +340,7 @@ def test_weights_that_are_no_numbers_are_named_with_their_place(tmp_path, name, 
     weights[name][index] = value
     write_safetensors(tmp_path / "model" / "model.safetensors", weights, "float32")
     with pytest.raises(ConvertError) as error:
-        convert(tmp_path / "model", tmp_path / "m.edgellama")
+        convert(tmp_path / "model", tmp_path / "m.edgellama", method="search")
     assert name in str(error.value) and str(list(index)) in str(error.value) and problem in str(error.value)
     assert not (tmp_path / "m.edgellama").exists()
 
@@ -348,7 +350,7 @@ def test_a_source_that_may_not_be_read(tmp_path):
     make_checkpoint(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").chmod(0)
     with pytest.raises(ConvertError, match=r"model\.safetensors: Permission denied"):
-        convert(tmp_path / "model", tmp_path / "m.edgellama")
+        convert(tmp_path / "model", tmp_path / "m.edgellama", method="search")
 
 
 def test_an_error_of_the_operating_system_is_one_line(tmp_path, monkeypatch):
@@ -359,11 +361,11 @@ def test_an_error_of_the_operating_system_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("edgellama_convert.conversion.read_files", fail)
     with pytest.raises(ConvertError, match="model: Input/output error"):
-        convert(tmp_path / "model", tmp_path / "m.edgellama")
+        convert(tmp_path / "model", tmp_path / "m.edgellama", method="search")
 
 
 def test_the_config_is_kept_but_for_where_it_once_lay(tmp_path):
     config = make_checkpoint(tmp_path / "model", _name_or_path="/home/somebody/secret-project")
-    with open_model(convert(tmp_path / "model", tmp_path / "m.edgellama").out) as model:
+    with open_model(convert(tmp_path / "model", tmp_path / "m.edgellama", method="search").out) as model:
         assert model.header["config"] == {key: value for key, value in config.items() if key != "_name_or_path"}
         assert b"somebody" not in (tmp_path / "m.edgellama").read_bytes()

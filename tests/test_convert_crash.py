@@ -80,7 +80,7 @@ def kill_at_random_moments(source, expected, folder, times, seed):
                 with pytest.raises(FormatError):
                     open_model(leftover).close()
     assert killed > times // 3  # the moments were not all too late to matter
-    assert convert(source, out).out.read_bytes() == expected["search"]
+    assert convert(source, out, method="search").out.read_bytes() == expected["search"]
     assert sorted(path.name for path in folder.iterdir()) == ["m.edgellama", "timed"]  # the killed ones' files too
 
 

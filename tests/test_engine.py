@@ -528,7 +528,7 @@ def test_greedy_batches_are_those_of_transformers(tiny_checkpoint, tmp_path, dev
 
     from edgellama_convert import convert, export_hf
 
-    convert(tiny_checkpoint, tmp_path / "m.edgellama")
+    convert(tiny_checkpoint, tmp_path / "m.edgellama", method="search")
     export_hf(tmp_path / "m.edgellama", tmp_path / "hf", dtype="float32")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="eager").eval()
     rng = random.Random(5)

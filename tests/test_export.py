@@ -17,7 +17,7 @@ from edgellama_convert.checkpoint import Checkpoint
 @pytest.fixture
 def model(tmp_path):
     make_checkpoint(tmp_path / "source", attention_bias=True)
-    return convert(tmp_path / "source", tmp_path / "m.edgellama").out
+    return convert(tmp_path / "source", tmp_path / "m.edgellama", method="search").out
 
 
 def stored_weights(path):
@@ -48,7 +48,7 @@ def test_weights_are_those_of_the_file(model, tmp_path):
 @pytest.mark.parametrize("lm_head_bits", [4, 8, 16])
 def test_tied_models_stay_tied(tmp_path, lm_head_bits):
     make_checkpoint(tmp_path / "source", tie_word_embeddings=True)
-    convert(tmp_path / "source", tmp_path / "m.edgellama", lm_head_bits=lm_head_bits)
+    convert(tmp_path / "source", tmp_path / "m.edgellama", lm_head_bits=lm_head_bits, method="search")
     export_hf(tmp_path / "m.edgellama", tmp_path / "hf")
     loaded = load_file(tmp_path / "hf" / "model.safetensors")
     assert "lm_head.weight" not in loaded
@@ -151,7 +151,7 @@ def test_weights_beyond_float16_are_refused_by_name(tmp_path):
     weights = random_weights(config, 0)
     weights["lm_head.weight"][0, 0] = 1e6
     write_safetensors(tmp_path / "source" / "model.safetensors", weights, "float32")
-    convert(tmp_path / "source", tmp_path / "m.edgellama")
+    convert(tmp_path / "source", tmp_path / "m.edgellama", method="search")
     with pytest.raises(EdgellamaError, match=r"lm_head\.weight has values too large for float16"):
         export_hf(tmp_path / "m.edgellama", tmp_path / "hf", dtype="float16")
     export_hf(tmp_path / "m.edgellama", tmp_path / "bf16", dtype="bfloat16")
@@ -165,7 +165,7 @@ def test_transformers_loads_it(tmp_path, tied):
 
     torch.set_num_threads(1)
     make_checkpoint(tmp_path / "source", tie_word_embeddings=tied, attention_bias=True, dtype="bfloat16")
-    convert(tmp_path / "source", tmp_path / "m.edgellama")
+    convert(tmp_path / "source", tmp_path / "m.edgellama", method="search")
     want = stored_weights(tmp_path / "m.edgellama")
     for name, options in {"one": {}, "many": {"max_shard_bytes": 300_000}, "half": {"dtype": "bfloat16"}}.items():
         export_hf(tmp_path / "m.edgellama", tmp_path / name, **options)

@@ -609,8 +609,8 @@ def test_the_command(source, expected, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, problem",
     [
-        (["--calibration", "builtin"], "not calibrated: add --method gptq"),
-        (["--method", "rtn", "--calibration-tokens", "5"], "--method rtn is not calibrated: add --method gptq"),
+        (["--method", "search", "--calibration", "builtin"], "--method search is not calibrated: drop --calibration"),
+        (["--method", "rtn", "--calibration-tokens", "5"], "--method rtn is not calibrated: drop --calibration"),
         (["--method", "gptq", "--calibration-tokens", "0"], "--calibration-tokens"),
         (["--method", "awq"], "awq"),
     ],

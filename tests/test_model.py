@@ -264,7 +264,7 @@ def test_a_model_without_a_tokenizer_takes_and_gives_ids(tiny_checkpoint, tmp_pa
 
     shutil.copytree(tiny_checkpoint, tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").unlink()
-    convert(tmp_path / "hf", tmp_path / "m.edgellama")
+    convert(tmp_path / "hf", tmp_path / "m.edgellama", method="search")
     with edgellama.load(tmp_path / "m.edgellama", device="reference") as llm:
         reply = llm.generate([1, 2, 3], 4, temperature=0)
         assert reply.text == "" and 1 <= len(reply.token_ids) <= 4

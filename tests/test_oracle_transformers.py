@@ -104,7 +104,7 @@ def test_reference_equals_transformers(name, tmp_path):
     torch.set_num_threads(1)
     config, dtype, shards, lm_head_bits = CASES[name]
     save_random_llama(tmp_path / "saved", config, dtype, shards)
-    convert(tmp_path / "saved", tmp_path / "model.edgellama", lm_head_bits=lm_head_bits)
+    convert(tmp_path / "saved", tmp_path / "model.edgellama", lm_head_bits=lm_head_bits, method="search")
     export_hf(tmp_path / "model.edgellama", tmp_path / "exported", dtype="float32")
     model = LlamaForCausalLM.from_pretrained(
         tmp_path / "exported", dtype=torch.float32, attn_implementation="eager"
@@ -138,7 +138,7 @@ def minimind(minimind_dir, tmp_path_factory):
     from edgellama_convert import convert
 
     path = tmp_path_factory.mktemp("minimind") / "minimind2-small.edgellama"
-    convert(minimind_dir, path)
+    convert(minimind_dir, path, method="search")
     tokens = np.array(Tokenizer.from_file(str(minimind_dir / "tokenizer.json")).encode(TEXT).ids)
     assert len(tokens) > 60
     return path, tokens

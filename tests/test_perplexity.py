@@ -79,7 +79,7 @@ def test_is_that_of_brute_force(tiny_model, device, stride):
 def test_a_long_window_goes_in_calls_where_that_changes_nothing(tmp_path, rope):
     """Dynamic RoPE follows the length of a call: there the window is one call, like the oracle's."""
     make_checkpoint(tmp_path / "model", max_position_embeddings=300 if rope is None else 32, rope_scaling=rope)
-    convert(tmp_path / "model", tmp_path / "m.edgellama", receipt=False)
+    convert(tmp_path / "model", tmp_path / "m.edgellama", receipt=False, method="search")
     tokens = (np.arange(300) * 37 % 277).astype(np.int32)
     with load(tmp_path / "m.edgellama", n_ctx=300, n_slots=1) as llm:
         nll, _, n = measure(llm, [Window(tokens, 20)])
@@ -117,7 +117,7 @@ def test_the_verb(tiny_model, tmp_path, capsys, monkeypatch):
 def test_a_tokenizer_that_does_not_fit(tiny_checkpoint, tmp_path):
     make_checkpoint(tmp_path / "model", vocab_size=80)
     (tmp_path / "model" / "tokenizer.json").write_bytes((tiny_checkpoint / "tokenizer.json").read_bytes())
-    convert(tmp_path / "model", tmp_path / "m.edgellama", receipt=False)
+    convert(tmp_path / "model", tmp_path / "m.edgellama", receipt=False, method="search")
     with load(tmp_path / "m.edgellama") as llm, pytest.raises(TokenizerError, match="does not fit the model"):
         perplexity(llm, TEXT, ctx=64)
 
@@ -197,5 +197,5 @@ def test_agrees_with_transformers_on_a_random_model(tiny_model, tmp_path):
 def test_agrees_with_transformers_on_a_real_model(minimind_dir, tmp_path):
     from edgellama_convert.receipt import heldout_text
 
-    convert(minimind_dir, tmp_path / "m.edgellama", receipt=False)
+    convert(minimind_dir, tmp_path / "m.edgellama", receipt=False, method="search")
     check_against_transformers(tmp_path / "m.edgellama", tmp_path / "hf", heldout_text(), 512, 256)

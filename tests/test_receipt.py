@@ -34,7 +34,7 @@ def source(tiny_checkpoint, tmp_path_factory):
 def made(source, tmp_path_factory):
     """(the file, its report). Do not change it."""
     out = tmp_path_factory.mktemp("receipt") / "m.edgellama"
-    return out, convert(source, out)
+    return out, convert(source, out, method="search")
 
 
 @pytest.fixture
@@ -87,19 +87,22 @@ def test_the_figures_tell_methods_apart(source, made, tmp_path):
 def test_the_same_bytes_for_any_threads_and_memory(source, made, tmp_path, monkeypatch):
     want = made[0].read_bytes()
     for options in ({"n_threads": 1}, {"n_threads": 3}, {"max_ram": 2**32}):
-        assert convert(source, tmp_path / "m.edgellama", **options).out.read_bytes() == want
+        assert convert(source, tmp_path / "m.edgellama", method="search", **options).out.read_bytes() == want
     monkeypatch.setattr("edgellama_convert.walk._CHUNK_ROWS", 16)
-    assert convert(source, tmp_path / "m.edgellama").out.read_bytes() == want
+    assert convert(source, tmp_path / "m.edgellama", method="search").out.read_bytes() == want
 
 
 def test_without_a_receipt(source, made, tmp_path, capsys):
-    report = convert(source, tmp_path / "m.edgellama", receipt=False)
+    report = convert(source, tmp_path / "m.edgellama", receipt=False, method="search")
     assert report.quality is None and receipt_of(report.out) is None
     with open_model(report.out) as ours, open_model(made[0]) as full:
         assert ours.header == full.header
     assert main(["verify", str(report.out)]) == 0
     assert "golden" not in capsys.readouterr().out
-    assert main(["convert", str(source), "-o", str(tmp_path / "n.edgellama"), "--no-receipt", "-q"]) == 0
+    assert (
+        main(["convert", str(source), "-o", str(tmp_path / "n.edgellama"), "--no-receipt", "-q", "--method", "search"])
+        == 0
+    )
     assert (tmp_path / "n.edgellama").read_bytes() == report.out.read_bytes()
     with load(report.out) as llm, pytest.raises(EdgellamaError, match="no golden vectors"):
         golden.check(llm)
@@ -107,7 +110,7 @@ def test_without_a_receipt(source, made, tmp_path, capsys):
 
 def test_a_model_without_a_tokenizer_has_golden_logits_only(tmp_path, capsys):
     make_checkpoint(tmp_path / "model")
-    report = convert(tmp_path / "model", tmp_path / "m.edgellama")
+    report = convert(tmp_path / "model", tmp_path / "m.edgellama", method="search")
     receipt = receipt_of(report.out)
     assert receipt["quality"] is None and set(receipt["golden"]) == {"prompt", "top", "logprobs"}
     assert any("no quality figures" in warning for warning in report.warnings)
@@ -125,14 +128,14 @@ def test_weights_that_overflow_are_converted_without_a_receipt(source, tmp_path)
     for tokenizer in (False, True):
         if tokenizer:
             (tmp_path / "model" / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
-        report = convert(tmp_path / "model", tmp_path / "m.edgellama")
+        report = convert(tmp_path / "model", tmp_path / "m.edgellama", method="search")
         assert receipt_of(report.out) is None
         assert any("no receipt is stored: the logits are not all finite" in each for each in report.warnings)
 
 
 def test_too_little_memory_leaves_the_receipt_out_and_says_so(source, tmp_path, monkeypatch):
     monkeypatch.setattr("edgellama_convert.receipt.private_bytes", lambda: 5 << 30)
-    report = convert(source, tmp_path / "m.edgellama", max_ram=4 << 30)
+    report = convert(source, tmp_path / "m.edgellama", max_ram=4 << 30, method="search")
     assert receipt_of(report.out) is None and report.quality is None
     assert any("no receipt is stored" in warning and "--max-ram" in warning for warning in report.warnings)
 
@@ -140,7 +143,7 @@ def test_too_little_memory_leaves_the_receipt_out_and_says_so(source, tmp_path, 
 def test_memory_measured_above_the_limit_ends_the_measuring_not_the_conversion(source, tmp_path, monkeypatch):
     held = iter([100 << 20])
     monkeypatch.setattr("edgellama_convert.receipt.private_bytes", lambda: next(held, 5 << 30))
-    report = convert(source, tmp_path / "m.edgellama", max_ram=4 << 30)
+    report = convert(source, tmp_path / "m.edgellama", max_ram=4 << 30, method="search")
     assert receipt_of(report.out) is None and any("no receipt" in warning for warning in report.warnings)
 
 
@@ -299,7 +302,7 @@ def test_a_template_that_tells_the_date_is_rendered_for_a_fixed_one(source, tmp_
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (tmp_path / name / file).write_bytes((source / file).read_bytes())
         (tmp_path / name / "chat_template.jinja").write_text(template)
-        receipt = receipt_of(convert(tmp_path / name, tmp_path / f"{name}.edgellama").out)
+        receipt = receipt_of(convert(tmp_path / name, tmp_path / f"{name}.edgellama", method="search").out)
         texts.append(receipt["golden"].get("chat", {}).get("text"))
     assert texts == ["01 Jan 2026", None, None]
 
@@ -333,7 +336,7 @@ def test_info_prints_the_receipt(made, changed, capsys):
 
 @pytest.mark.models
 def test_on_a_real_model(minimind_dir, tmp_path):
-    report = convert(minimind_dir, tmp_path / "m.edgellama")
+    report = convert(minimind_dir, tmp_path / "m.edgellama", method="search")
     assert 0.1 < report.quality["kl_mean"] < 1 and report.quality["tokens"] == 8 * 127
     vectors = receipt_of(report.out)["golden"]
     assert "What is the capital of France?" in vectors["chat"]["text"]

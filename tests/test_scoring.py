@@ -236,7 +236,7 @@ def test_scores_and_vectors_are_those_of_transformers(config, tmp_path):
 
     torch.set_num_threads(1)
     make_checkpoint(tmp_path / "hf", seed=3, **config)
-    convert(tmp_path / "hf", tmp_path / "m.edgellama")
+    convert(tmp_path / "hf", tmp_path / "m.edgellama", method="search")
     export_hf(tmp_path / "m.edgellama", tmp_path / "exported", dtype="float32")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
     prompt = [1, 40, 41, 42, 99, 3]

@@ -206,7 +206,7 @@ def test_a_refused_session_changes_nothing(llm, saved, tmp_path):
 def test_a_session_of_another_model_is_refused(saved, tmp_path):
     """The same config, other weights."""
     make_checkpoint(tmp_path / "hf", seed=5, eos_token_id=2)
-    convert(tmp_path / "hf", tmp_path / "m.edgellama")
+    convert(tmp_path / "hf", tmp_path / "m.edgellama", method="search")
     with edgellama.load(tmp_path / "m.edgellama", n_ctx=128) as other:
         refused(other, tmp_path / "a.session", saved[0], EdgellamaError, "a session of another model")
 

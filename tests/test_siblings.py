@@ -105,8 +105,8 @@ def test_the_same_tensors_as_from_the_llama(name, tmp_path):
         del changed["rope_theta"]
     (folder / "config.json").write_text(json.dumps(changed))
     write_weights(folder, fuse(random_weights(config, 0)), dtype="float16", shards=3)
-    convert(folder, tmp_path / "sibling.edgellama")
-    convert(tmp_path / "llama", tmp_path / "llama.edgellama")
+    convert(folder, tmp_path / "sibling.edgellama", method="search")
+    convert(tmp_path / "llama", tmp_path / "llama.edgellama", method="search")
     got, read = tensors_of(tmp_path / "sibling.edgellama")
     want, llama_config = tensors_of(tmp_path / "llama.edgellama")
     assert got == want
@@ -126,7 +126,13 @@ def test_heads_of_a_fused_matrix_are_pooled(name, tmp_path):
     (tmp_path / "sibling" / "config.json").write_text(json.dumps(changed))
     write_weights(tmp_path / "sibling", SAME_FILE[name][2](random_weights(config, 0)), dtype="float16")
     for folder in ("llama", "sibling"):
-        convert(tmp_path / folder, tmp_path / f"{folder}.edgellama", num_key_value_heads=1, add_pad_token=None)
+        convert(
+            tmp_path / folder,
+            tmp_path / f"{folder}.edgellama",
+            num_key_value_heads=1,
+            add_pad_token=None,
+            method="search",
+        )
     assert tensors_of(tmp_path / "sibling.edgellama")[0] == tensors_of(tmp_path / "llama.edgellama")[0]
 
 
@@ -230,7 +236,7 @@ def test_logits_are_transformers(name, tmp_path):
             (source,) = run(walk)
     assert relative_error(source, logits(theirs)) < ORACLE_TOLERANCE
 
-    convert(tmp_path / "saved", tmp_path / "m.edgellama", receipt=False)
+    convert(tmp_path / "saved", tmp_path / "m.edgellama", receipt=False, method="search")
     export_hf(tmp_path / "m.edgellama", tmp_path / "exported")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager").eval()
     assert type(exported).__name__ == "LlamaForCausalLM"
@@ -305,7 +311,7 @@ def test_a_fused_tensor_of_another_size_is_named(tmp_path):
     weights["model.layers.1.self_attn.qkv_proj.weight"] = np.zeros((100, 192), np.float32)
     write_weights(tmp_path, weights, dtype="float16")
     with pytest.raises(ConvertError, match=r"layers.1.self_attn.qkv_proj.weight: config.json makes it 320 rows"):
-        convert(tmp_path, tmp_path / "m.edgellama")
+        convert(tmp_path, tmp_path / "m.edgellama", method="search")
     assert not (tmp_path / "m.edgellama").exists()
 
 
@@ -318,7 +324,7 @@ def test_a_tensor_under_both_names_and_a_scalar_are_refused(tmp_path):
     ):
         write_weights(tmp_path, {**weights, name: value}, dtype="float16")
         with pytest.raises(ConvertError, match=message):
-            convert(tmp_path, tmp_path / "m.edgellama")
+            convert(tmp_path, tmp_path / "m.edgellama", method="search")
 
 
 def test_a_tokenizer_that_transformers_takes_as_it_is():

@@ -32,7 +32,7 @@ def test_a_pad_token_gets_rows_of_zeros(tied, lm_head_bits, tmp_path):
         tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="<pad>", lm_head_bits=lm_head_bits, receipt=False
     )
     assert any("'<pad>' is the pad token, id 259" in line for line in report.warnings)
-    convert(tmp_path / "m", tmp_path / "o.edgellama", lm_head_bits=lm_head_bits, receipt=False)
+    convert(tmp_path / "m", tmp_path / "o.edgellama", lm_head_bits=lm_head_bits, receipt=False, method="search")
     with open_model(tmp_path / "p.edgellama") as padded, open_model(tmp_path / "o.edgellama") as plain:
         assert padded.config.vocab_size == config["vocab_size"] + 1 == 260
         assert padded.config.pad_token_id == 259
@@ -58,7 +58,7 @@ def test_a_model_with_rows_to_spare_keeps_its_size(tmp_path):
     with_tokenizer(tmp_path / "m", vocab_size=300)
     (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {}, "pad_token": "</s>"}))
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
-    convert(tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="[PAD]", receipt=False)
+    convert(tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="[PAD]", receipt=False, method="search")
     with open_model(tmp_path / "p.edgellama") as file:
         assert (file.config.vocab_size, file.config.pad_token_id) == (300, 259)
         assert json.loads(file.files["generation_config.json"]) == {"temperature": 0.5, "pad_token_id": 259}
@@ -69,12 +69,12 @@ def test_a_model_with_rows_to_spare_keeps_its_size(tmp_path):
 def test_a_token_that_means_something_else_is_refused(tmp_path):
     with_tokenizer(tmp_path / "m")
     with pytest.raises(ConvertError, match="the tokenizer knows '</s>' already, as id 2; choose another"):
-        convert(tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="</s>")
+        convert(tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="</s>", method="search")
     with pytest.raises(ConvertError, match="must have 1 to 100 characters"):
-        convert(tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="")
+        convert(tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="", method="search")
     make_checkpoint(tmp_path / "none")
     with pytest.raises(ConvertError, match="only be added where there is a tokenizer"):
-        convert(tmp_path / "none", tmp_path / "p.edgellama", add_pad_token="<pad>")
+        convert(tmp_path / "none", tmp_path / "p.edgellama", add_pad_token="<pad>", method="search")
     assert not (tmp_path / "p.edgellama").exists()
 
 
@@ -82,7 +82,7 @@ def test_a_token_that_means_something_else_is_refused(tmp_path):
 def test_pooled_heads_are_the_means(dtype, tmp_path):
     """6 heads to 3: the same file as from a checkpoint that holds the means, which two float16s always have exactly."""
     config = make_checkpoint(tmp_path / "mha", num_key_value_heads=6, attention_bias=True, dtype=dtype)
-    report = convert(tmp_path / "mha", tmp_path / "gqa.edgellama", num_key_value_heads=3)
+    report = convert(tmp_path / "mha", tmp_path / "gqa.edgellama", num_key_value_heads=3, method="search")
     assert any("6 heads of keys and values averaged to 3" in line for line in report.warnings)
     weights = random_weights(config, 0)
     write_weights(tmp_path / "mha", weights, dtype=dtype)
@@ -96,7 +96,7 @@ def test_pooled_heads_are_the_means(dtype, tmp_path):
     (tmp_path / "means").mkdir()
     (tmp_path / "means" / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 3}))
     write_weights(tmp_path / "means", weights, dtype="float32")
-    convert(tmp_path / "means", tmp_path / "means.edgellama")
+    convert(tmp_path / "means", tmp_path / "means.edgellama", method="search")
     with open_model(tmp_path / "gqa.edgellama") as got, open_model(tmp_path / "means.edgellama") as want:
         assert got.config.num_key_value_heads == 3 == got.config.raw["num_key_value_heads"]
         assert set(got.tensors) == set(want.tensors)
@@ -117,8 +117,12 @@ def test_heads_that_do_not_divide_are_refused(tmp_path):
     make_checkpoint(tmp_path / "m", num_key_value_heads=6)
     for heads in (4, 12, 0, True):
         with pytest.raises(ConvertError, match=f"num_key_value_heads {heads} must divide the checkpoint's 6"):
-            convert(tmp_path / "m", tmp_path / "g.edgellama", num_key_value_heads=heads)
-    assert convert(tmp_path / "m", tmp_path / "g.edgellama", num_key_value_heads=6).warnings[0].startswith("the source")
+            convert(tmp_path / "m", tmp_path / "g.edgellama", num_key_value_heads=heads, method="search")
+    assert (
+        convert(tmp_path / "m", tmp_path / "g.edgellama", num_key_value_heads=6, method="search")
+        .warnings[0]
+        .startswith("the source")
+    )
 
 
 def test_the_command_line(tmp_path, capsys):
@@ -146,7 +150,7 @@ def test_transformers_loads_a_padded_model_and_its_tokenizer(tmp_path, monkeypat
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with_tokenizer(tmp_path / "m")
-    convert(tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="<pad>")
+    convert(tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="<pad>", method="search")
     export_hf(tmp_path / "p.edgellama", tmp_path / "exported")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager").eval()
     theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
@@ -177,7 +181,7 @@ def test_pooled_heads_equal_torchs_mean_and_transformers_logits(tmp_path):
     config.num_attention_heads = config.num_key_value_heads = 8
     config.head_dim, config.max_position_embeddings = 16, 64
     LlamaForCausalLM(config).save_pretrained(tmp_path / "mha")
-    convert(tmp_path / "mha", tmp_path / "gqa.edgellama", num_key_value_heads=2)
+    convert(tmp_path / "mha", tmp_path / "gqa.edgellama", num_key_value_heads=2, method="search")
     export_hf(tmp_path / "gqa.edgellama", tmp_path / "exported")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager").eval()
     assert model.config.num_key_value_heads == 2
@@ -204,7 +208,7 @@ def test_pretraining_tp_is_the_same_product_in_slices(tmp_path):
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "tp")
     assert json.loads((tmp_path / "tp" / "config.json").read_text())["pretraining_tp"] == 2
-    convert(tmp_path / "tp", tmp_path / "tp.edgellama", lm_head_bits=16)
+    convert(tmp_path / "tp", tmp_path / "tp.edgellama", lm_head_bits=16, method="search")
     export_hf(tmp_path / "tp.edgellama", tmp_path / "exported")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "exported").eval()
     whole = torch.nn.functional.linear

@@ -116,7 +116,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("visualize")
     make_checkpoint(folder / "m", num_hidden_layers=3, vocab_size=259)
     (folder / "m" / "tokenizer.json").write_text(byte_tokenizer(), encoding="utf-8")
-    convert(folder / "m", folder / "m.edgellama", receipt=False)
+    convert(folder / "m", folder / "m.edgellama", receipt=False, method="search")
     return folder / "m.edgellama"
 
 

@@ -53,7 +53,7 @@ def sequences(vocab_size):
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(name, lm_head_bits, tmp_path):
     config = make_checkpoint(tmp_path / "model", **CASES[name])
-    convert(tmp_path / "model", tmp_path / "m.edgellama", lm_head_bits=lm_head_bits, receipt=False)
+    convert(tmp_path / "model", tmp_path / "m.edgellama", lm_head_bits=lm_head_bits, receipt=False, method="search")
     tokens = sequences(config["vocab_size"])
     with open_model(tmp_path / "m.edgellama") as file:
         want = [all_logits(ReferenceBackend(file, 64), each) for each in tokens]
@@ -66,7 +66,7 @@ def test_equals_the_reference(name, lm_head_bits, tmp_path):
 def test_a_checkpoint_and_a_file_give_the_same_bits(dtype, tmp_path):
     """The very weights: a file's, exported as float32; and a float16 or bfloat16 checkpoint's own."""
     config = make_checkpoint(tmp_path / "model", dtype=dtype, attention_bias=True)
-    convert(tmp_path / "model", tmp_path / "m.edgellama", receipt=False)
+    convert(tmp_path / "model", tmp_path / "m.edgellama", receipt=False, method="search")
     export_hf(tmp_path / "m.edgellama", tmp_path / "exported")
     tokens = sequences(config["vocab_size"])
     with open_model(tmp_path / "m.edgellama") as file, Checkpoint(tmp_path / "exported") as checkpoint:
@@ -80,7 +80,7 @@ def test_a_checkpoint_and_a_file_give_the_same_bits(dtype, tmp_path):
 
 def test_bits_do_not_depend_on_threads_company_or_other_sequences(tmp_path):
     config = make_checkpoint(tmp_path / "model", hidden_size=288)
-    convert(tmp_path / "model", tmp_path / "m.edgellama", receipt=False)
+    convert(tmp_path / "model", tmp_path / "m.edgellama", receipt=False, method="search")
     tokens = sequences(config["vocab_size"])
     with open_model(tmp_path / "m.edgellama") as file, Checkpoint(tmp_path / "model") as checkpoint:
         ours = StoredWeights.of_file(file)
@@ -95,7 +95,7 @@ def test_bits_do_not_depend_on_threads_company_or_other_sequences(tmp_path):
 
 def test_a_file_that_is_still_being_written(tmp_path):
     config = make_checkpoint(tmp_path / "model", tie_word_embeddings=True)
-    path = convert(tmp_path / "model", tmp_path / "m.edgellama", receipt=False).out
+    path = convert(tmp_path / "model", tmp_path / "m.edgellama", receipt=False, method="search").out
     tokens = sequences(config["vocab_size"])
     with open_model(path) as file, ModelWriter(tmp_path / "n.edgellama", config, method="search") as writer:
         for spec in writer.specs:

@@ -25,7 +25,10 @@ from .checkpoint import read_small
 
 BUILTIN, SELF = "builtin", "self"
 SEQUENCE_TOKENS = 512
-DEFAULT_TOKENS = 32_768
+SMALL_MODEL = 200_000_000
+"""Weights in the layers' matrices. SmolLM2-135M has 106 million, TinyLlama 970 million."""
+SMALL_MODEL_TOKENS, DEFAULT_TOKENS = 65_536, 32_768
+"""Calibration tokens by default: small models gain from more, and are done in minutes all the same."""
 _FEWEST_TOKENS = 64
 _BUILTIN_TEXT = Path(__file__).parent / "calibration_text"
 _DIALOGUES = "dialogues.txt"
@@ -53,8 +56,8 @@ class CalibrationText:
     """What `--calibration` names, read and checked before the work starts."""
 
     def __init__(self, sources: Sequence[str | os.PathLike[str]], tokens: int | None):
-        self.tokens = DEFAULT_TOKENS if tokens is None else tokens
-        if self.tokens < 1:
+        self.tokens = tokens
+        if tokens is not None and tokens < 1:
             raise ConvertError(f"calibration_tokens {tokens} must be at least 1")
         if not sources:
             raise ConvertError(f"no calibration text is named: give {BUILTIN}, {SELF}, a file or a folder")
@@ -83,7 +86,10 @@ class CalibrationText:
         bos = [token for token in bos if token < config.vocab_size and length > 1]
         # All sequences are equally long: as long as the shortest text, if that is short.
         length = min([length, *(len(bos) + len(tokens) for tokens in read if tokens is not None)])
-        share = max(1, round(self.tokens / length / len(read)))
+        wanted = self.tokens
+        if wanted is None:
+            wanted = SMALL_MODEL_TOKENS if layer_weights(config) <= SMALL_MODEL else DEFAULT_TOKENS
+        share = max(1, round(wanted / length / len(read)))
         parts = []
         for (label, _), tokens in zip(self._texts, read, strict=True):
             if tokens is None:
@@ -95,6 +101,13 @@ class CalibrationText:
             parts += [_sequences(tokens, bos, max(1, share - len(chats)), length), chats]
         ids = np.ascontiguousarray(np.concatenate(parts), np.int32)
         return Calibration(ids, tuple(label for label, _ in self._texts))
+
+
+def layer_weights(config: LlamaConfig) -> int:
+    """Of all layers' matrices."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads + config.num_key_value_heads
+    return config.num_hidden_layers * hidden * (2 * heads * config.head_dim + 3 * wide)
 
 
 def _encode(label: str, text: str, tokenizer: Tokenizer | None, config: LlamaConfig, length: int) -> list[int]:

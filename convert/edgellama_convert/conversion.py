@@ -27,9 +27,9 @@ from edgellama.format.schema import LM_HEAD_BITS
 from edgellama.format.writer import check_replaceable
 from edgellama.quant import GROUP_SIZE, padded_shape
 
-from .calibration import BUILTIN, SELF, SEQUENCE_TOKENS, Calibration, CalibrationText
+from .calibration import BUILTIN, SELF, SEQUENCE_TOKENS, SMALL_MODEL, Calibration, CalibrationText, layer_weights
 from .checkpoint import Checkpoint, SourceTensor, read_small
-from .gptq import CalibratedLayers, WorkFolder, memory_needed
+from .gptq import CalibratedLayers, WorkFolder, memory_needed, work_folder_of
 from .names import Plan, plan_tensors, refuse_untied
 from .pipeline import Pipeline
 from .quantizers import METHODS, quantize
@@ -44,8 +44,6 @@ from .weights import CheckpointWeights, StoredWeights
 
 SUFFIX = ".edgellama"
 GPTQ, AUTO = "gptq", "auto"
-CALIBRATED_WEIGHTS = 200_000_000
-"""In the layers' matrices: up to so many `auto` calibrates. SmolLM2-135M has 106 million, TinyLlama 970 million."""
 MAX_FILE_BYTES = 32 * MIB
 """Of each tokenizer file; Llama-3's tokenizer.json has 9 MB."""
 _OWN_TEXT = "own-text.npz"
@@ -86,8 +84,8 @@ def convert(
 
     method: "rtn", "search" or "gptq", which is calibrated with about `calibration_tokens` tokens of text: "builtin",
     "self" (the model's own), a text file or a folder of such, or several of these. It works in a hidden folder beside
-    `out`, and goes on there if it was killed. "auto" is "gptq" for models of up to `CALIBRATED_WEIGHTS` with a
-    tokenizer, which lose most and are done in minutes, and "search" for others. lm_head_bits: 4, 8 or 16, of a tied
+    `out`, and goes on there if it was killed. "auto" is "gptq" for models of up to `SMALL_MODEL` weights with
+    a tokenizer, which lose most and are done in minutes, and "search" for others. lm_head_bits: 4, 8 or 16, of a tied
     embedding too. max_ram: bytes that the process may hold (RSS without pages of mapped files). progress(done, total)
     counts weights. receipt: measure the result against the source and keep the figures in the file;
     receipt_progress(done, total) tells how far that is. add_pad_token: a token with rows of zeros.
@@ -113,7 +111,7 @@ def convert(
     raw_config, config, files = model.raw, model.config, dict(model.files)
     warnings = [*model.changes, *check_tokenizer(files, config)]
     if method == AUTO:
-        method = GPTQ if has_tokenizer(files) and _layer_weights(config) <= CALIBRATED_WEIGHTS else "search"
+        method = GPTQ if has_tokenizer(files) and layer_weights(config) <= SMALL_MODEL else "search"
     if method != GPTQ:
         text = None
     plain_method = "search" if method == GPTQ else method  # of what is not calibrated
@@ -202,6 +200,13 @@ def convert(
             files=tuple(files),
             warnings=tuple(warnings),
         )
+
+
+def is_begun(source: str | os.PathLike[str], out: str | os.PathLike[str] | None) -> bool:
+    """Whether calibrated work for this conversion waits to be finished."""
+    path = Path(source).expanduser()
+    name = path.resolve().name if path.is_dir() else str(source).rsplit("/", 1)[-1]
+    return work_folder_of(Path(f"{name}{SUFFIX}" if out is None else out)).is_dir()
 
 
 class _Conversion:
@@ -320,12 +325,6 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 def has_tokenizer(files: Mapping[str, bytes]) -> bool:
     return "tokenizer.json" in files or "tokenizer.model" in files
-
-
-def _layer_weights(config: LlamaConfig) -> int:
-    """Of all layers' matrices."""
-    specs = model_tensors(config, 16)
-    return sum(int(np.prod(s.shape)) for s in specs if ".layers." in s.name and s.layout in _CODE_BITS)
 
 
 def check_tokenizer(files: Mapping[str, bytes], config: LlamaConfig) -> list[str]:

@@ -20,8 +20,8 @@ size. Interrupted, it leaves nothing behind.
 --method gptq runs calibration text through the model and lets each weight make
 up for the errors before it: much more exact, and slow. Without --method that is
 done for small models (up to 200 million weights in the layers: minutes); others
-get `search`, which needs no text: a 7B model takes a minute and a half, and two
-hours with gptq. Interrupted, gptq goes on when the same command is given again.
+get `search`, which needs no text. It takes a minute and a half for a 7B model,
+gptq three hours. Interrupted, gptq goes on when the same command is given again.
 
 When it is written, the model is measured against its source on a short text of
 several languages; `edgellama info` shows the figures, `verify` checks answers
@@ -54,7 +54,7 @@ def add_parser(subparsers) -> None:
         "--calibration-tokens",
         type=options.positive_int,
         metavar="N",
-        help="tokens of calibration text (default 32768)",
+        help="tokens of calibration text (default 65536 for small models, 32768 for others)",
     )
     parser.add_argument(
         "--lm-head-bits", type=int, default=8, choices=(4, 8, 16), help="bits of the output layer (default 8)"
@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         if args.method != "gptq":
             args.parser.error(f"--method {args.method} is not calibrated: drop --calibration, or take --method gptq")
     from edgellama_convert import convert
+    from edgellama_convert.conversion import is_begun
 
     with (
         Progress("convert", unit="weights", quiet=args.quiet, ready_line=GETTING_READY) as progress,
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             progress.close()
             measured.close()
-            kept = "; calibrated work is kept, the same command goes on" if args.method in ("gptq", "auto") else ""
+            kept = "; the same command goes on from here" if is_begun(args.source, args.out) else ""
             console.note(f"edgellama: interrupted; nothing was written{kept}")
             return 130
     if args.json:

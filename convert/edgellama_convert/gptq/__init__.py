@@ -9,6 +9,6 @@ kernels.py   one group, compiled
 """
 
 from .driver import CalibratedLayers, memory_needed
-from .work import WorkFolder
+from .work import WorkFolder, work_folder_of
 
-__all__ = ["CalibratedLayers", "WorkFolder", "memory_needed"]
+__all__ = ["CalibratedLayers", "WorkFolder", "memory_needed", "work_folder_of"]

@@ -70,6 +70,11 @@ class Stream:
         self.close()
 
 
+def work_folder_of(destination: Path) -> Path:
+    """Where work for this file is kept."""
+    return destination.with_name(f".{destination.name}.gptq")
+
+
 class WorkFolder:
     """See the module. A context manager that holds the lock; `remove()` when all is done.
 
@@ -78,7 +83,7 @@ class WorkFolder:
 
     def __init__(self, destination: Path, state: Mapping[str, object]):
         destination = Path(os.path.realpath(destination))
-        self.path = destination.with_name(f".{destination.name}.gptq")
+        self.path = work_folder_of(destination)
         self._lock = self._take_lock(destination)
         try:
             text = json.dumps(state, sort_keys=True)
