@@ -46,7 +46,8 @@ class Backend(Protocol):
         """Tokens of prompts that one call should have: more gain nothing, and wait longer for `cancel`."""
 
     def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Run a flat batch of tokens; return float32 [R, vocab_size], the logits after the tokens numbered in `rows`.
+        """Run a flat batch of tokens; return float32 [R, vocab_size], the logits after the tokens numbered in `rows`
+        (a classifier has a row of them for its labels: [R, config.n_outputs]).
 
         Token t is `tokens[t]` at `positions[t]` of the sequence in `slots[t]` (all int32 [T]); its keys and values are
         written there, over whatever was there. It attends to every position of its slot up to its own, those written by

@@ -102,10 +102,10 @@ def pack_index(p, packs, matrix, n, rank):
 
 @kernel
 def embed_tokens(p, counter):
-    """x = the embedding of each token."""
+    """x = the embedding of each token; of none where the caller has filled x (see `layerwise`)."""
     while True:
         t = fetch_add(counter, 1)
-        if t >= p.n_tokens:
+        if t >= p.n_embedded:
             return
         embed(p.embed, int64(load_i32(p.tokens + 4 * t)), p.hidden_size, p.x + t * p.x_stride)
 
