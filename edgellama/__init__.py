@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     )
     from edgellama.generate import AsyncStream, CancelToken, Generation, Stream, Timings, TokenLogprob
     from edgellama.model import Llama, load
+    from edgellama.past import SequenceCache
+    from edgellama.pipelines import pipeline
     from edgellama.scoring import Score
 
 _HOME = {  # public name -> the module that defines it
@@ -42,6 +44,8 @@ _HOME = {  # public name -> the module that defines it
     "Timings": "edgellama.generate",
     "TokenLogprob": "edgellama.generate",
     "Score": "edgellama.scoring",
+    "SequenceCache": "edgellama.past",
+    "pipeline": "edgellama.pipelines",
     "EdgellamaError": "edgellama.errors",
     "FormatError": "edgellama.errors",
     "ConfigError": "edgellama.errors",
@@ -69,12 +73,14 @@ __all__ = [
     "Generation",
     "Llama",
     "Score",
+    "SequenceCache",
     "Stream",
     "Timings",
     "TokenLogprob",
     "TokenizerError",
     "__version__",
     "load",
+    "pipeline",
 ]
 
 

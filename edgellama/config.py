@@ -162,7 +162,9 @@ def _check_architecture(keys: ConfigKeys) -> str:
     if architectures[0] == CLASSIFIER:
         return CLASSIFIER
     if architectures[0] not in ARCHITECTURES:
-        keys.refuse("architectures", f"{show(architectures[0])} is not supported (LlamaForCausalLM and {CLASSIFIER} are)")
+        keys.refuse(
+            "architectures", f"{show(architectures[0])} is not supported (LlamaForCausalLM and {CLASSIFIER} are)"
+        )
     return ARCHITECTURES[0]
 
 

@@ -103,7 +103,9 @@ def _refuse_missing(name: str, tensors: Mapping[str, SourceTensor]) -> NoReturn:
     if name == LM_HEAD:
         hint = 'set "tie_word_embeddings": true in config.json if the embedding is meant to be used'
     elif name == SCORE:
-        hint = 'a classifier has it; "architectures": ["LlamaForCausalLM"] in config.json is for a model that writes text'
+        hint = (
+            'a classifier has it; "architectures": ["LlamaForCausalLM"] in config.json is for a model that writes text'
+        )
     elif name.removeprefix("model.") in tensors:
         hint = f"there is {name.removeprefix('model.')}: save the whole LlamaForCausalLM, not only its base model"
     elif name.removesuffix("weight") + "qweight" in tensors:
