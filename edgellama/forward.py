@@ -24,8 +24,7 @@ from edgellama.generate.engine import Engine
 from edgellama.generate.slots import Slot
 
 Hook = Callable[[int, np.ndarray], np.ndarray | None]
-"""(layer, its residual stream float32 [B, T, hidden_size]) -> another in its place, or None: it may be changed as it is.
-"""
+"""(layer, its residual stream float32 [B, T, hidden_size]) -> another in its place; None: this one, changed or not."""
 Hooks = Hook | Mapping[int, Callable[[np.ndarray], np.ndarray | None]]
 MAX_POSITION = 1 << 24  # float32 knows no whole numbers beyond
 
@@ -160,7 +159,7 @@ def read_hooks(hooks: Hooks | None, n_layers: int) -> Hook | None:
 
 
 def run(engine: Engine, slots: list[Slot], inputs: Inputs, wanted: Wanted, cancel: CancelToken | None) -> Results:
-    """One pass over the batch: sequence b goes on in `slots[b]`, where its `past` lies. All slots are ours meanwhile."""
+    """One pass over the batch: sequence b goes on in `slots[b]`, where its `past` lies."""
     kept = inputs.kept
     places = inputs.past.sum(axis=1)[:, None] + np.cumsum(kept, axis=1) - 1
     n_ctx = engine.backend.n_ctx

@@ -287,7 +287,7 @@ class Llama:
         """
         given = (attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache, cache_position, hooks)
         plain = not (output_hidden_states or output_attentions) and all(each is None for each in given)
-        if plain and np.ndim(input_ids) != 2 and not self.config.is_classifier:  # noqa: PLR2004
+        if plain and np.ndim(input_ids) != 2 and not self.config.is_classifier:
             return self._forward_next(input_ids, logits_to_keep, cancel)
         from edgellama.forward import read_columns, read_hooks, read_inputs
 

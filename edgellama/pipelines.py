@@ -1,4 +1,4 @@
-"""`edgellama.pipeline`: transformers' pipelines over one of our files, with their calls and the shapes of their results.
+"""`edgellama.pipeline`: transformers' pipelines over one of our files, with their calls and results.
 
 Knows what a caller gives and what is to come back. How texts are continued, chats rendered and labels scored is
 `Llama`'s.
@@ -78,7 +78,7 @@ class TextGenerationPipeline(_Pipeline):
     task = "text-generation"
 
     def __call__(self, text_inputs: Any, **options: Any) -> list[Any]:
-        """A text gives a list of `{"generated_text": ...}`, one for each of `num_return_sequences`; texts a list of them.
+        """A text gives a list of `{"generated_text": ...}`, `num_return_sequences` of them; texts give a list of such.
 
         A chat (a list of messages) gives the chat with the model's message behind it; several chats a list of such.
         `return_full_text=False`: only what is new. `return_tensors=True`: `{"generated_token_ids": ...}` instead.

@@ -55,7 +55,8 @@ def export_hf(
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ExportReport:
-    """Write `model` as a folder that `AutoModelForCausalLM.from_pretrained` (a classifier: `AutoModelForSequenceClassification`) and `AutoTokenizer` load.
+    """Write `model` as a folder that `AutoModelForCausalLM.from_pretrained` (of a classifier:
+    `AutoModelForSequenceClassification`) and `AutoTokenizer` load.
 
     dtype: "float32" (exact), "float16" or "bfloat16". `directory` must not exist, or be empty. Raises FormatError for a
     damaged model, ConvertError for everything else; nothing is left behind then.

@@ -114,7 +114,7 @@ def translate(
 
 
 def new_tokens(lengths: Mapping[str, Any], longest_prompt: int) -> dict[str, int]:
-    """`max_new_tokens` and `min_new_tokens` from lengths that count the prompt, which are for the longest of a batch."""
+    """`max_new_tokens` and `min_new_tokens` from lengths that count the prompt: the longest of a batch."""
     found: dict[str, int] = {}
     if "max_new_tokens" in lengths:
         found["max_new_tokens"] = lengths["max_new_tokens"]
