@@ -287,7 +287,7 @@ class Llama:
         """
         given = (attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache, cache_position, hooks)
         plain = not (output_hidden_states or output_attentions) and all(each is None for each in given)
-        if plain and np.ndim(input_ids) != 2 and not self.config.is_classifier:
+        if plain and not _is_batch(input_ids) and not self.config.is_classifier:
             return self._forward_next(input_ids, logits_to_keep, cancel)
         from edgellama.forward import read_columns, read_hooks, read_inputs
 
@@ -754,6 +754,13 @@ class Llama:
     create_completion = __call__ = openai_shapes.create_completion
     create_chat_completion = openai_shapes.create_chat_completion
     create_embedding = openai_shapes.create_embedding
+
+
+def _is_batch(input_ids: object) -> bool:
+    """Whether these are rows of ids, were they of different lengths."""
+    if isinstance(input_ids, list | tuple):
+        return bool(input_ids) and isinstance(input_ids[0], Sequence | np.ndarray) and np.ndim(input_ids[0]) == 1
+    return getattr(input_ids, "ndim", 0) == 2
 
 
 __all__ = ["Llama", "choose_n_ctx", "kv_bytes_per_token", "load"]
