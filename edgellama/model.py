@@ -480,7 +480,8 @@ class Llama:
         prompts, several = read_prompts(prompt, self._encode, self._check_ids, self.n_ctx)
         if lengths:
             found = new_tokens(lengths, max((each.ids.size for each in prompts), default=0))
-            max_new_tokens = found.pop("max_new_tokens", None) if max_new_tokens is None else max_new_tokens
+            from_config = found.pop("max_new_tokens", None)
+            max_new_tokens = from_config if max_new_tokens is None else max_new_tokens
             ours = {**found, **ours}
         request = Request.of(ours)
         params = defaults.override(**cast(Any, request.sampling))

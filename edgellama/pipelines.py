@@ -224,8 +224,8 @@ class TextClassificationPipeline(_Pipeline):
             text, pair = text["text"], text.get("text_pair")
         if not isinstance(text, str):
             raise TypeError(f'give a text or {{"text": ..., "text_pair": ...}}, got {type(text).__name__}')
-        ids: list[int] = self.tokenizer.encode(text)
-        return ids if pair is None else ids + self.tokenizer.encode(pair)
+        tokenizer = self.model.tokenizer
+        return tokenizer.encode(text) if pair is None else tokenizer.encode_pair(text, pair)
 
     def _apply(self, function: str, logits: np.ndarray) -> np.ndarray:
         config = self.model.config
