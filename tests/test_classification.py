@@ -130,7 +130,7 @@ def test_info_tells_and_perplexity_refuses(path, tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["architecture"] == "LlamaForSequenceClassification" and facts["id2label"] == LABELS
     (tmp_path / "text.txt").write_text("some words " * 300)
-    assert main(["perplexity", str(path), "-f", str(tmp_path / "text.txt")]) == 1
+    assert main(["perplexity", str(path), str(tmp_path / "text.txt")]) == 1
     assert "classifier" in capsys.readouterr().err
 
 

@@ -103,7 +103,8 @@ def test_labels(classifier):
     assert [each["label"] for each in everything] == ["abc"[i] for i in np.argsort(-p)]
     assert abs(sum(each["score"] for each in everything) - 1) < 1e-6
     assert classifier(["some text"], top_k=2) == [everything[:2]]
-    assert classifier(["some text", "x"])[0] == only
+    together = classifier(["some text", "x"])[0]
+    assert together["label"] == only["label"] and abs(together["score"] - only["score"]) < 1e-6
     raw = classifier("some text", function_to_apply="none", top_k=1)
     assert abs(raw[0]["score"] - logits.max()) < 1e-6
     sigmoid = classifier("some text", function_to_apply="sigmoid", top_k=1)
