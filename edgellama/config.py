@@ -180,9 +180,9 @@ def _labels(keys: ConfigKeys) -> tuple[tuple[str, ...], str | None]:
             keys.refuse("id2label", f"must be an object of 1 to {MAX_LABELS} labels, got {show(names)}")
         if n not in (None, len(names)):
             keys.refuse("num_labels", f"{n} contradicts id2label, which has {len(names)} labels")
-        labels = tuple(names.get(str(i)) for i in range(len(names)))
+        labels = tuple(names.get(str(i), "") for i in range(len(names)))
         for i, label in enumerate(labels):
-            if not isinstance(label, str):
+            if not isinstance(label, str) or str(i) not in names:
                 keys.refuse("id2label", f"must have a text for each of 0 to {len(names) - 1}; {i} has {show(label)}")
     problem_type = keys.choice("problem_type", PROBLEM_TYPES, default=None)
     if problem_type == "single_label_classification" and len(labels) == 1:

@@ -58,6 +58,13 @@ class Wanted:
     attentions: bool = False
     hooks: Hook | None = None
 
+    def columns_of(self, batch: int) -> np.ndarray:
+        """int [B, K]"""
+        if self.last is not None:
+            return self.last[:, None]
+        assert self.columns is not None
+        return np.broadcast_to(self.columns, (batch, len(self.columns)))
+
     @property
     def more_than_logits(self) -> bool:
         return self.hidden_states or self.attentions or self.hooks is not None
@@ -176,10 +183,7 @@ def run(engine: Engine, slots: list[Slot], inputs: Inputs, wanted: Wanted, cance
     if not kept.any():
         raise ValueError("the attention_mask leaves no token to compute")
 
-    pooled = wanted.last is not None
-    columns = (
-        wanted.last[:, None] if wanted.last is not None else np.broadcast_to(wanted.columns, (len(kept), _n(wanted)))
-    )
+    columns = wanted.columns_of(len(kept))
     rows = np.full(kept.shape, -1)
     rows[kept] = np.arange(len(flat[0]))
     at = np.take_along_axis(rows, columns, axis=1)  # [B, K]: the row of each wanted column, -1 of padding
@@ -194,12 +198,7 @@ def run(engine: Engine, slots: list[Slot], inputs: Inputs, wanted: Wanted, cance
         found = engine.run(lambda: states.logits(chosen), cancel) if chosen.size else logits[:0, 0]
         results = replace(results, logits=logits)
     logits[at >= 0] = found[np.searchsorted(chosen, at[at >= 0])]
-    return replace(results, logits=logits[:, 0]) if pooled else results
-
-
-def _n(wanted: Wanted) -> int:
-    assert wanted.columns is not None
-    return len(wanted.columns)
+    return results if wanted.last is None else replace(results, logits=logits[:, 0])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import numpy as np
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from edgellama.backends import Backend
     from edgellama.config import LlamaConfig
     from edgellama.format import ModelFile
-    from edgellama.forward import Hook, Hooks, Inputs, Results, Wanted
+    from edgellama.forward import Hooks
     from edgellama.outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
     from edgellama.past import SequenceCache
     from edgellama.scoring import Score
@@ -142,19 +141,6 @@ def _kernels_are_compiled() -> bool:
     return next(cache_folder().rglob("program.*.nbi"), None) is not None
 
 
-@dataclass(frozen=True)
-class _BatchCall:
-    """What a call of `forward` with a batch asks for."""
-
-    inputs: "Inputs"
-    past: "SequenceCache | None"
-    labels: Any
-    use_cache: bool | None
-    hidden_states: bool
-    attentions: bool
-    hook: "Hook | None"
-
-
 class Llama:
     """A model ready to run; made by `load`. Calls from several threads wait for each other.
 
@@ -237,12 +223,28 @@ class Llama:
         return 0 if self._cursor is None else self._cursor.n
 
     @overload
-    def forward(  # type: ignore[overload-overlap]  # a list of ids; of lists it is a batch
+    def forward(
         self, input_ids: Sequence[int], logits_to_keep: int = 0, *, cancel: CancelToken | None = None
     ) -> np.ndarray: ...
 
     @overload
-    def forward(self, input_ids: Any = None, logits_to_keep: Any = 0, **options: Any) -> Any: ...
+    def forward(
+        self,
+        input_ids: Any = None,
+        logits_to_keep: Any = 0,
+        *,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: "SequenceCache | None" = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: bool | None = None,
+        cache_position: Any = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        hooks: "Hooks | None" = None,
+        cancel: CancelToken | None = None,
+    ) -> Any: ...
 
     def forward(
         self,
@@ -289,6 +291,7 @@ class Llama:
         plain = not (output_hidden_states or output_attentions) and all(each is None for each in given)
         if plain and not _is_batch(input_ids) and not self.config.is_classifier:
             return self._forward_next(input_ids, logits_to_keep, cancel)
+        from edgellama.batch_call import BatchCall
         from edgellama.forward import read_columns, read_hooks, read_inputs
 
         self._check_open()
@@ -301,13 +304,24 @@ class Llama:
             cache_position,
             None if past_key_values is None else past_key_values.mask,
         )
-        hook = read_hooks(hooks, self.config.num_hidden_layers)
         if past_key_values is not None and past_key_values.engine is not self._engine:
             raise ValueError("past_key_values is another model's")
-        call = _BatchCall(inputs, past_key_values, labels, use_cache, output_hidden_states, output_attentions, hook)
+        call = BatchCall(
+            self.config,
+            inputs,
+            past_key_values,
+            labels,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+            read_hooks(hooks, self.config.num_hidden_layers),
+            lend=lambda: self.lent(cancel),
+            exclusive=self._exclusively,
+            cancel=cancel,
+        )
         if self.config.is_classifier:
-            return self._forward_classifier(call, cancel)
-        return self._forward_batch(call, read_columns(logits_to_keep, inputs.kept.shape[1]), cancel)
+            return call.classifier()
+        return call.causal_lm(read_columns(logits_to_keep, inputs.kept.shape[1]))
 
     def _forward_next(self, input_ids: Ids, logits_to_keep: int, cancel: CancelToken | None) -> np.ndarray:
         ids = self._check_ids(input_ids)
@@ -333,65 +347,6 @@ class Llama:
             return logits
         finally:
             self._release()
-
-    def _forward_batch(
-        self, call: "_BatchCall", columns: np.ndarray, cancel: CancelToken | None
-    ) -> "CausalLMOutputWithPast":
-        from edgellama.forward import Wanted
-        from edgellama.losses import IGNORE_INDEX, causal_lm_loss
-        from edgellama.outputs import CausalLMOutputWithPast
-
-        kept = call.inputs.kept
-        labels = None if call.labels is None else np.asarray(call.labels)
-        if labels is not None:
-            if labels.dtype.kind not in "iu" or labels.size != kept.size:
-                raise ValueError(f"labels must be {list(kept.shape)} integers, got {labels.dtype} {list(labels.shape)}")
-            if columns.size != kept.shape[1]:
-                raise ValueError("labels need the logits of every column: leave logits_to_keep out")
-            labels = labels.reshape(kept.shape).astype(np.int64)
-            if (labels[:, 1:][~kept[:, :-1]] != IGNORE_INDEX).any():
-                raise ValueError(f"labels behind padding must be {IGNORE_INDEX}: nothing predicts them")
-        wanted = Wanted(columns, None, call.hidden_states, call.attentions, call.hook)
-        results, cache = self._run_batch(call, wanted, cancel, default_cache=labels is None)
-        loss = None if labels is None else causal_lm_loss(results.logits, labels)
-        return CausalLMOutputWithPast(loss, results.logits, cache, results.hidden_states, results.attentions)
-
-    def _forward_classifier(self, call: "_BatchCall", cancel: CancelToken | None) -> "SequenceClassifierOutputWithPast":
-        from edgellama.classification import last_tokens
-        from edgellama.forward import Wanted
-        from edgellama.losses import classification_loss
-        from edgellama.outputs import SequenceClassifierOutputWithPast
-
-        kept = call.inputs.kept
-        last = last_tokens(self.config, call.inputs.given_ids, *kept.shape)
-        if not np.take_along_axis(kept, last[:, None], axis=1).all():
-            raise ValueError("attention_mask leaves out a sequence's last token that is not pad_token_id")
-        wanted = Wanted(None, last, call.hidden_states, call.attentions, call.hook)
-        results, cache = self._run_batch(call, wanted, cancel, default_cache=False)
-        loss = None
-        if call.labels is not None:
-            loss = classification_loss(results.logits, np.asarray(call.labels), self.config.problem_type)
-        return SequenceClassifierOutputWithPast(loss, results.logits, cache, results.hidden_states, results.attentions)
-
-    def _run_batch(
-        self, call: "_BatchCall", wanted: "Wanted", cancel: CancelToken | None, default_cache: bool
-    ) -> "tuple[Results, SequenceCache | None]":
-        from edgellama.forward import run
-        from edgellama.past import Row, SequenceCache
-
-        inputs, past = call.inputs, call.past
-        keeps = default_cache if call.use_cache is None else call.use_cache
-        with self.lent(cancel) as engine:
-            rows = past.rows if past is not None else [Row(engine) for _ in inputs.kept]
-            results = run(engine, engine.slots.hold(rows), inputs, wanted, cancel)
-            if past is None and not keeps:
-                return results, None
-            for row, kept in zip(rows, inputs.kept, strict=True):
-                row.n += int(kept.sum())
-            if past is not None:
-                past.mask = inputs.mask
-                return results, past
-        return results, SequenceCache(self._engine, self._exclusively, rows, inputs.mask)
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:

@@ -40,8 +40,8 @@ class CausalLMOutputWithPast(ModelOutput):
     attentions, columns) of padding are 0.
     """
 
-    loss: float | None = None
-    logits: np.ndarray | None = None
+    loss: float | None
+    logits: np.ndarray
     past_key_values: SequenceCache | None = None
     hidden_states: tuple[np.ndarray, ...] | None = None
     attentions: tuple[np.ndarray, ...] | None = None

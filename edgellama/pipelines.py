@@ -124,7 +124,8 @@ class TextGenerationPipeline(_Pipeline):
         if stops is not None:
             given["stop"] = stops
         prompts = []
-        stop, eos = [], set()
+        stop: list[str] = []
+        eos: set[int] = set()
         for each in inputs:
             if isinstance(each, str):
                 ids = self.tokenizer.encode(prefix + each, add_special_tokens=special is not False)

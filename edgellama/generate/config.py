@@ -14,13 +14,13 @@ from edgellama.errors import ConfigError
 from edgellama.generate.request import integer
 from edgellama.sampling import SamplingParams
 
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
-_SAMPLING += ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_new_tokens")
-_SAME = ("num_return_sequences", "num_beams", "length_penalty", "early_stopping", "max_time", "eos_token_id")
-_SAME += ("prompt_lookup_num_tokens",)
+_SAMPLING = ["do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"]
+_SAMPLING += ["repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_new_tokens"]
+_SAME = ["num_return_sequences", "num_beams", "length_penalty", "early_stopping", "max_time", "eos_token_id"]
+_SAME += ["prompt_lookup_num_tokens"]
 _OTHER_NAMES = ("max_new_tokens", "max_length", "min_length", "stop_strings", "sequence_bias", "suppress_tokens")
-KEYWORDS = ("generation_config", "do_sample", "max_length", "min_length", "stop_strings", "sequence_bias")
-KEYWORDS += ("suppress_tokens", "cache_implementation", "use_cache")
+KEYWORDS = ["generation_config", "do_sample", "max_length", "min_length", "stop_strings", "sequence_bias"]
+KEYWORDS += ["suppress_tokens", "cache_implementation", "use_cache"]
 """Keywords of `generate` that are read here."""
 # The cache is always allocated at once, so each of these is what it does already.
 _CACHES = ("static", "dynamic", "dynamic_full", "hybrid", "offloaded", "offloaded_static", "sliding_window")

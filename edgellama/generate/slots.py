@@ -171,7 +171,7 @@ class SlotTable:
 
     def _evict(self, slot: Slot) -> None:
         """Nothing of what is in the slot stays there."""
-        owner = slot.owner and slot.owner()
+        owner = None if slot.owner is None else slot.owner()
         if owner is not None:
             owner.save()
             owner.slot = None
