@@ -263,6 +263,22 @@ def test_a_batch_leaves_the_simple_call_alone(llm):
     assert cache.get_seq_length() == 2
 
 
+def test_passes_without_layers_keep_the_threads_in_step(tiny_model):
+    """More threads than cores: one that is late must not read the next pass's number of layers."""
+    with edgellama.load(tiny_model, n_ctx=32, n_threads=6, n_slots=1) as llm:
+        plain = llm.forward([IDS], use_cache=False).logits
+        for _ in range(60):
+            out = llm.forward([IDS], use_cache=False, output_hidden_states=True)
+            np.testing.assert_array_equal(out.logits, plain)
+
+
+def test_a_batch_can_be_cancelled(llm):
+    cancel = edgellama.CancelToken()
+    with pytest.raises(edgellama.CancelledError):
+        llm.forward([IDS], hooks=lambda layer, x: cancel.cancel(), cancel=cancel)
+    close(llm, llm.forward([IDS]).logits[0], alone(llm, IDS))
+
+
 @pytest.mark.parametrize("kv_cache", ["int8", "float16"])
 def test_attentions_of_a_long_prompt_come_in_chunks(tmp_path, kv_cache):
     make_checkpoint(tmp_path / "s", max_position_embeddings=512)

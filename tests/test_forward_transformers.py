@@ -176,6 +176,20 @@ def test_classifiers(tmp_path, name):
                     assert kl_divergence(want.logits.numpy(), ours.logits) <= MAX_KL
 
 
+def test_a_classifier_on_torchs_backend(tmp_path):
+    make_checkpoint(tmp_path / "source", architectures=["LlamaForSequenceClassification"], num_labels=3, pad_token_id=0)
+    convert(tmp_path / "source", tmp_path / "m.edgellama")
+    scores = []
+    for device in ("reference", "torch-cpu"):
+        with edgellama.load(tmp_path / "m.edgellama", device=device, n_ctx=32, n_slots=4) as llm:
+            scores.append(llm.classify(list(IDS)).logits)
+            if device == "torch-cpu":
+                np.testing.assert_allclose(llm.forward(IDS).logits, scores[1], atol=1e-3)
+                with pytest.raises(edgellama.DeviceError, match="cpu and reference"):
+                    llm.forward(IDS, output_attentions=True)
+    assert kl_divergence(*scores) <= MAX_KL
+
+
 def test_a_classifier_without_a_pad_token(tmp_path):
     import torch
 
