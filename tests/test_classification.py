@@ -15,6 +15,7 @@ from edgellama.config import LlamaConfig
 from edgellama.errors import ConfigError, ConvertError, EdgellamaError, FormatError
 from edgellama.format import open_model
 from edgellama_convert import convert, export_hf
+from edgellama_convert.comparison import compare
 from format_builder import Parts
 
 LABELS = {"0": "sad", "1": "glad", "2": "neither"}
@@ -132,6 +133,8 @@ def test_info_tells_and_perplexity_refuses(path, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("some words " * 300)
     assert main(["perplexity", str(path), str(tmp_path / "text.txt")]) == 1
     assert "classifier" in capsys.readouterr().err
+    with pytest.raises(ConvertError, match="is a classifier"):
+        compare(path, path, "some words")
 
 
 def test_a_tied_classifier_has_a_plain_embedding(tmp_path):

@@ -18,6 +18,8 @@ from edgellama.errors import ContextError
 class Backend(Protocol):
     """One loaded model on one device. Calls must not overlap; the caller serializes them.
 
+    Some can be driven layer by layer as well: see `layerwise.Layered`.
+
     Prefill of three tokens for the last one's logits, then one token each of two sequences (lists stand for arrays):
 
     >>> backend.forward(tokens=[1, 15043, 445], positions=[0, 1, 2], slots=[0, 0, 0], rows=[2])
