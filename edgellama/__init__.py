@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgellama.past import SequenceCache
     from edgellama.pipelines import pipeline
     from edgellama.scoring import Score
+    from edgellama.visualize import Attention, visualize_attention_mask
 
 _HOME = {  # public name -> the module that defines it
     "load": "edgellama.model",
@@ -46,6 +47,8 @@ _HOME = {  # public name -> the module that defines it
     "Score": "edgellama.scoring",
     "SequenceCache": "edgellama.past",
     "pipeline": "edgellama.pipelines",
+    "Attention": "edgellama.visualize",
+    "visualize_attention_mask": "edgellama.visualize",
     "EdgellamaError": "edgellama.errors",
     "FormatError": "edgellama.errors",
     "ConfigError": "edgellama.errors",
@@ -60,6 +63,7 @@ _HOME = {  # public name -> the module that defines it
 
 __all__ = [
     "AsyncStream",
+    "Attention",
     "CancelToken",
     "CancelledError",
     "ChatTemplateError",
@@ -81,6 +85,7 @@ __all__ = [
     "__version__",
     "load",
     "pipeline",
+    "visualize_attention_mask",
 ]
 
 

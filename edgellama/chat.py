@@ -90,6 +90,18 @@ def template_of(llm: ChatModel, name: str | None = None, *, tools: bool = False)
     return _compiled(source, tuple({**tokenizer.special_tokens, **variables}.items()))
 
 
+def conversation_text(tokenizer: "Tokenizer", messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """A whole conversation as the model's own template writes it; None where there is none, or it cannot."""
+    own = tokenizer.chat_template
+    source = own if isinstance(own, str) else (own or {}).get("default")
+    if source is None:
+        return None
+    try:
+        return _compiled(source, tuple(tokenizer.special_tokens.items())).render(messages, add_generation_prompt=False)
+    except ChatTemplateError:
+        return None
+
+
 @lru_cache(maxsize=16)
 def _compiled(source: str, variables: tuple[tuple[str, str], ...]) -> "ChatTemplate":
     from edgellama.chat_template import ChatTemplate

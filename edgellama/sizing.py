@@ -1,11 +1,13 @@
 """How many positions and sequences the KV cache gets: what the model can, cut to what memory allows.
 
 The cache's memory is reserved at once and becomes resident as it is written, slot by slot; what is promised here would
-fit even with every slot full. Knows numbers of bytes only.
+fit even with every slot full. And what a model takes, from its config alone. Knows numbers of bytes only.
 """
 
 from edgellama.config import LlamaConfig
 from edgellama.errors import ContextError
+from edgellama.format import LAYOUTS, model_tensors
+from edgellama.format.container import TENSOR_ALIGNMENT, align
 from edgellama.kv_cache import bytes_per_position
 
 DEFAULT_SLOTS = 8
@@ -18,6 +20,19 @@ def kv_bytes_per_token(config: LlamaConfig, kv_cache: str = "float16") -> int:
     if kv_cache == "float32":
         return bytes_per_position(config) * 2
     return bytes_per_position(config, "int8" if kv_cache == "int8" else "float16")
+
+
+def weight_bytes(config: LlamaConfig, lm_head_bits: int = 8) -> int:
+    """Bytes of a model's tensors in a file; header, tokenizer and receipt come on top, some MB at most."""
+    end = 0
+    for spec in model_tensors(config, lm_head_bits):
+        end = align(end, TENSOR_ALIGNMENT) + LAYOUTS[spec.layout].nbytes(spec.shape)
+    return align(end, TENSOR_ALIGNMENT)
+
+
+def memory_bytes(config: LlamaConfig, n_ctx: int, lm_head_bits: int = 8, kv_cache: str = "float16") -> int:
+    """Memory that running one sequence of `n_ctx` tokens takes: the mapped file, its cache, and what Python needs."""
+    return weight_bytes(config, lm_head_bits) + n_ctx * kv_bytes_per_token(config, kv_cache) + _SLACK_BYTES
 
 
 def choose_n_ctx(

@@ -17,6 +17,8 @@ from edgellama.backends.cpu.attention import KERNELS
 from edgellama.backends.cpu.attention_loops import QUERIES, SPLIT
 from edgellama.backends.cpu.jit import Native
 from edgellama.backends.cpu.softmax import LARGEST, LOWEST
+from edgellama_convert import scale_search
+from edgellama_convert.scale_search import ROUND
 
 _f32, _i32 = np.float32, np.int32
 
@@ -210,3 +212,29 @@ def interpreted(dispatcher: Dispatcher | Native) -> types.FunctionType:
         elif isinstance(scope.get(name), Dispatcher):
             scope[name] = interpreted(scope[name])
     return types.FunctionType(source.__code__, scope, source.__name__, source.__defaults__)
+
+
+def scale_fit(candidates: int):
+    """`scale_search`'s kernel of that many candidates."""
+
+    def fit(x, importance, n, zero, inverses, sums):
+        values, weights = (_view(at, _f32, 16 * n).reshape(n, 16) for at in (x, importance))
+        scales = _view(inverses, _f32, 16 * candidates).reshape(candidates, 1, 16)
+        codes = np.clip((values * scales + ROUND) - ROUND, _f32(-zero), _f32(zero - 1))
+        out = _view(sums, _f32, 32 * candidates).reshape(candidates, 2, 16)
+        out[:] = 0
+        for j in range(n):
+            weighted = weights[j] * codes[:, j]
+            out[:, 0] = _fma(weighted, values[j], out[:, 0])
+            out[:, 1] = _fma(weighted, codes[:, j], out[:, 1])
+
+    return fit
+
+
+def interpret_scale_search(monkeypatch, caller) -> None:
+    """Make a module's `choose_scales` run without a compiler."""
+    for name in ("to_half", "from_half"):
+        monkeypatch.setattr(scale_search, name, getattr(scale_search, name).py_func)
+    monkeypatch.setattr(scale_search, "fit_one", scale_fit(1))
+    monkeypatch.setattr(scale_search, "fit_several", scale_fit(scale_search.TOGETHER))
+    monkeypatch.setattr(caller, "choose_scales", scale_search.choose_scales.py_func)

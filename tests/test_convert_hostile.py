@@ -241,7 +241,7 @@ CONFIG = {
     "large": (raw_config('{"a":"' + "x" * (2 << 20) + '"}'), "config.json"),
     "duplicate_key": (raw_config('{"model_type":"llama","model_type":"llama"}'), "duplicate key"),
     "other_architecture": (config(architectures=["MixtralForCausalLM"]), "MixtralForCausalLM"),
-    "other_model_type": (config(model_type="mistral"), "mistral"),
+    "other_model_type": (config(model_type="gemma2"), "gemma2"),
     "auto_map_unknown_effect": (config(logit_scale=0.5), "logit_scale"),
     "quantized": (config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
     "huge_layers": (config(num_hidden_layers=2**31), "num_hidden_layers"),

@@ -1,5 +1,6 @@
 """Compiled kernels on disk: found again, mended when damaged, not believed when others may write them (N1)."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -99,3 +100,21 @@ def test_prepare_compiles_what_the_call_then_uses(folder):
     prepare(kernel, np.int64(1))
     assert len(kernel.overloads) == 1
     assert kernel(np.int64(2)) == 6 and len(kernel.overloads) == 1
+
+
+def test_another_packages_kernels_are_compiled_anew_when_any_of_its_sources_changes(tmp_path, monkeypatch):
+    """A helper in another module of that package is compiled in; Numba looks at the kernel's own file alone."""
+    package = tmp_path / "somewhere" / "guest_kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "helper.py").write_text("def f():\n    return 1\n")
+    monkeypatch.syspath_prepend(package.parent)
+    importlib.import_module("guest_kernels")
+    names = []
+    for text in ("def f():\n    return 1\n", "def f():\n    return 2\n"):
+        (package / "helper.py").write_text(text)
+        code_cache._sources_of.cache_clear()
+        names.append(code_cache._sources_of("guest_kernels"))
+    assert names[0] != names[1] and all(name.startswith("guest_kernels-") for name in names)
+    assert code_cache._sources_of("edgellama") == ""  # whose sources are in the folder's own name
+    assert code_cache._sources_of("not_imported") == ""

@@ -1,11 +1,13 @@
 """The examples of docs/transformers.md run: edgellama's in every run, transformers' where torch is installed.
 
 All blocks of one side share one namespace, in the order of the page, and run in a folder that has `demo.edgellama` and
-`classifier.edgellama`; for transformers also `demo-hf` and `classifier-hf`.
+`classifier.edgellama`, and the demo once more as `my-llama` (a checkpoint) and `my-llama.edgellama`; for transformers
+also `demo-hf` and `classifier-hf`.
 """
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -31,6 +33,8 @@ def blocks(of_transformers: bool) -> list[tuple[int, str]]:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     convert(checkpoint_dir(), folder / "demo.edgellama", receipt=False)
+    shutil.copytree(checkpoint_dir(), folder / "my-llama")
+    shutil.copy(folder / "demo.edgellama", folder / "my-llama.edgellama")
     source = folder / "classifier"
     make_checkpoint(source, architectures=["LlamaForSequenceClassification"], num_labels=2, pad_token_id=0)
     (source / "tokenizer.json").write_text(byte_tokenizer(), encoding="utf-8")

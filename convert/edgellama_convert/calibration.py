@@ -1,13 +1,15 @@
 """The token ids that a calibrated conversion looks at: from the text that ships, from the user's, or from the model.
 
 Every source gives its share of sequences, spread evenly over its text. A sequence starts with BOS if the tokenizer has
-one. Knows text and ids; `self_text` makes the model's own, `gptq` uses them.
+one. A good part of the text that ships comes as chats, where the model has a chat template.
+
+Knows text and ids; `self_text` makes the model's own, `gptq` uses them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ from .checkpoint import read_small
 BUILTIN, SELF = "builtin", "self"
 SEQUENCE_TOKENS = 512
 DEFAULT_TOKENS = 32_768
+_FEWEST_TOKENS = 64
 _BUILTIN_TEXT = Path(__file__).parent / "calibration_text"
+_DIALOGUES = "dialogues.txt"
 _MAX_TEXT_BYTES = 64 << 20
 
 
@@ -72,38 +76,101 @@ class CalibrationText:
     ) -> Calibration:
         """`sample(sequences, length)` gives int32[sequences, length] of the model's own text."""
         length = min(SEQUENCE_TOKENS, config.max_position_embeddings)
-        share = max(1, round(self.tokens / length / len(self._texts)))
+        read = [
+            None if text is None else _encode(label, text, tokenizer, config, length) for label, text in self._texts
+        ]
+        bos = [] if tokenizer is None or tokenizer.bos_id is None else [tokenizer.bos_id]
+        bos = [token for token in bos if token < config.vocab_size and length > 1]
+        # All sequences are equally long: as long as the shortest text, if that is short.
+        length = min([length, *(len(bos) + len(tokens) for tokens in read if tokens is not None)])
+        share = max(1, round(self.tokens / length / len(read)))
         parts = []
-        for label, text in self._texts:
-            if text is None:
+        for (label, _), tokens in zip(self._texts, read, strict=True):
+            if tokens is None:
                 parts.append(sample(share, length))
-            else:
-                assert tokenizer is not None
-                parts.append(_sequences(label, text, tokenizer, config, share, length))
-        width = min(part.shape[1] for part in parts)  # a short text of the user's has one short sequence
-        ids = np.concatenate([part[:, :width] for part in parts])
-        return Calibration(np.ascontiguousarray(ids, np.int32), tuple(label for label, _ in self._texts))
+                continue
+            chats = (
+                _chats(tokenizer, config, length, share // 2) if label == BUILTIN else np.empty((0, length), np.int32)
+            )
+            parts += [_sequences(tokens, bos, max(1, share - len(chats)), length), chats]
+        ids = np.ascontiguousarray(np.concatenate(parts), np.int32)
+        return Calibration(ids, tuple(label for label, _ in self._texts))
 
 
-def _sequences(
-    label: str, text: str, tokenizer: Tokenizer, config: LlamaConfig, wanted: int, length: int
-) -> np.ndarray:
-    """At most `wanted` sequences of `length`, which do not overlap, spread evenly over the text."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+def _encode(label: str, text: str, tokenizer: Tokenizer | None, config: LlamaConfig, length: int) -> list[int]:
+    """The text's tokens, without those that the model does not have."""
+    assert tokenizer is not None
     tokens = [token for token in tokenizer.encode(text, add_special_tokens=False) if token < config.vocab_size]
-    bos = [token for token in bos if token < config.vocab_size]
-    body = length - len(bos)
-    if len(tokens) < min(body, 64):
+    if len(tokens) < min(length, _FEWEST_TOKENS):
         raise ConvertError(f"calibration text {label}: {len(tokens)} tokens are too few; give at least {length}")
-    body = min(body, len(tokens))
+    return tokens
+
+
+def _sequences(tokens: list[int], bos: list[int], wanted: int, length: int) -> np.ndarray:
+    """At most `wanted` sequences of `length`, which do not overlap, spread evenly over the text."""
+    body = length - len(bos)
     n = min(wanted, len(tokens) // body)
     starts = [i * (len(tokens) - body) // max(1, n - 1) for i in range(n)]
     return np.array([bos + tokens[start : start + body] for start in starts], np.int32)
 
 
+def _chats(tokenizer: Tokenizer | None, config: LlamaConfig, length: int, wanted: int) -> np.ndarray:
+    """At most `wanted` sequences of chats as the model's own template writes them; none where it has no template.
+
+    A sequence begins where a chat does, and others follow until it is full. Chat models see little else, and their
+    inputs there are unlike those of plain text.
+    """
+    from edgellama.chat import conversation_text
+
+    assert tokenizer is not None
+    sequences: list[list[int]] = []
+    unfinished: list[int] = []
+    for messages in _conversations():
+        if len(sequences) == wanted:
+            break
+        text = conversation_text(tokenizer, messages)
+        if text is None:
+            break
+        unfinished += [token for token in tokenizer.encode(text, add_special_tokens=False) if token < config.vocab_size]
+        if len(unfinished) >= length:
+            sequences.append(unfinished[:length])
+            unfinished = []
+    return np.array(sequences, np.int32).reshape(-1, length)
+
+
+def _conversations() -> Iterator[list[dict[str, str]]]:
+    """The dialogues that ship, one to three questions each, and passages of the other texts as answers."""
+    pairs = [
+        pair.removeprefix("User: ").split("\nAssistant: ", 1)
+        for pair in (_BUILTIN_TEXT / _DIALOGUES).read_text("utf-8").strip().split("\n\nUser: ")
+    ]
+    passages = [
+        passage
+        for name in ("languages.txt", "prose.txt")
+        for passage in (_BUILTIN_TEXT / name).read_text("utf-8").split("\n\n")
+        if len(passage) > 80
+    ]
+    at = turns = 0
+    while at < len(pairs) or passages:
+        if at < len(pairs):
+            turns = turns % 3 + 1
+            talk, at = pairs[at : at + turns], at + turns
+            yield [
+                {"role": role, "content": content}
+                for question, answer in talk
+                for role, content in (("user", question), ("assistant", answer))
+            ]
+        if passages:
+            passage = passages.pop(0)
+            yield [
+                {"role": "user", "content": f"{' '.join(passage.split()[:8])[:60]} ..."},
+                {"role": "assistant", "content": passage},
+            ]
+
+
 def _label(source: str | os.PathLike[str]) -> str:
     text = os.fspath(source)
-    return text if text in (BUILTIN, SELF) else Path(text).name
+    return text if text in (BUILTIN, SELF) else Path(text).expanduser().resolve().name
 
 
 def _read(source: str) -> str | None:

@@ -1,7 +1,8 @@
 """How far a quantized model is from its source: their next-token distributions on a text, and their weights.
 
 Both go through the layers together in float32 (`walk`), so what is measured is the weights' error alone, whatever the
-device. Windows and scored tokens are llama.cpp's, as in `edgellama.perplexity`: the second half of each chunk.
+device. Windows and scored tokens are llama.cpp's, as in `edgellama.perplexity`: the second half of each chunk; but a
+window always begins with BOS where there is one.
 
 KL is the Kullback-Leibler divergence of the model's distribution from the source's, in nats a token.
 """
@@ -23,7 +24,7 @@ from edgellama.format import ModelFile, open_model
 from edgellama.perplexity import DEFAULT_CTX, Window, chunks, encode_text
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 
-from .checkpoint import Checkpoint
+from .siblings import as_llama_files, model_type_of, open_checkpoint
 from .source import resolve
 from .walk import Stream, Walk
 from .weights import CheckpointWeights, StoredWeights, Weights, check_same_model
@@ -241,6 +242,17 @@ class _Tally:
             self._progress(self._done, self._total)
 
 
+def windows_of(tokenizer: Tokenizer, text: str, vocab_size: int, ctx: int) -> list[Window]:
+    """The windows to measure on, each begun with BOS where there is one, even if the tokenizer adds none.
+
+    Models that were only trained on chats know no text without it: MiniMind2's perplexity goes from 500 to 50,000.
+    """
+    ids, bos = encode_text(tokenizer, text, vocab_size)
+    if bos is None and tokenizer.bos_id is not None and tokenizer.bos_id < vocab_size:
+        bos = tokenizer.bos_id
+    return chunks(ids, bos, ctx)
+
+
 def compare(
     model: str | os.PathLike[str],
     source: str | os.PathLike[str],
@@ -266,10 +278,10 @@ def compare(
         if file.config.is_classifier:
             raise ConvertError(f"{model} is a classifier, and compare goes by the next tokens; export --to hf instead")
         vocab_size = file.config.vocab_size
-        ids, bos = encode_text(load_tokenizer(file.files, file.config), text, vocab_size)
-        if tokenizer is not None and encode_text(tokenizer, text, vocab_size) != (ids, bos):
+        ours = load_tokenizer(file.files, file.config)
+        windows = windows_of(ours, text, vocab_size, ctx)[:max_windows]
+        if tokenizer is not None and encode_text(tokenizer, text, vocab_size) != encode_text(ours, text, vocab_size):
             raise ConvertError(f"the tokenizers of {model} and {source} read the text differently: nothing to compare")
-        windows = chunks(ids, bos, ctx)[:max_windows]
         return measure(theirs, StoredWeights.of_file(file), windows, n_threads or default_threads(), progress=progress)[
             0
         ]
@@ -286,7 +298,7 @@ def _open_source(
 
     origin = resolve(source, revision=revision, offline=offline)
     _, config = read_config(origin.folder)
-    files = read_files(origin.folder)
+    files = as_llama_files(read_files(origin.folder), model_type_of(origin.folder))
     has_tokenizer = {"tokenizer.json", "tokenizer.model"} & set(files)
-    checkpoint = stack.enter_context(Checkpoint(origin.folder))
+    checkpoint = stack.enter_context(open_checkpoint(origin.folder, config))
     return CheckpointWeights(config, checkpoint), load_tokenizer(files, config) if has_tokenizer else None

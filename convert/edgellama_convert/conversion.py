@@ -21,10 +21,9 @@ import xxhash
 from edgellama import __version__
 from edgellama.backends.cpu.threads import default_threads
 from edgellama.config import LlamaConfig
-from edgellama.errors import ConvertError, FormatError, TokenizerError
+from edgellama.errors import ConvertError, TokenizerError
 from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, model_tensors
 from edgellama.format.schema import LM_HEAD_BITS
-from edgellama.format.strict_json import parse_object
 from edgellama.format.writer import check_replaceable
 from edgellama.quant import GROUP_SIZE, padded_shape
 
@@ -38,12 +37,15 @@ from .receipt import Receipt, make_receipt
 from .report import ConvertReport
 from .resources import MIB, check_calibration_memory, check_memory, plan_buffers, private_bytes
 from .self_text import sample
+from .siblings import MAX_CONFIG_BYTES, as_llama_files, model_type_of, open_checkpoint, read_raw_config, to_llama
 from .source import CONFIG_FILE, Source, resolve
+from .surgery import Model, operate
 from .weights import CheckpointWeights, StoredWeights
 
 SUFFIX = ".edgellama"
-GPTQ = "gptq"
-MAX_CONFIG_BYTES = 1 * MIB
+GPTQ, AUTO = "gptq", "auto"
+CALIBRATED_WEIGHTS = 200_000_000
+"""In the layers' matrices: up to so many `auto` calibrates. SmolLM2-135M has 106 million, TinyLlama 970 million."""
 MAX_FILE_BYTES = 32 * MIB
 """Of each tokenizer file; Llama-3's tokenizer.json has 9 MB."""
 _OWN_TEXT = "own-text.npz"
@@ -65,7 +67,7 @@ def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    method: str = "search",
+    method: str = AUTO,
     lm_head_bits: int = 8,
     calibration: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = BUILTIN,
     calibration_tokens: int | None = None,
@@ -77,34 +79,49 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     receipt: bool = True,
     receipt_progress: Callable[[int, int], None] | None = None,
+    add_pad_token: str | None = None,
+    num_key_value_heads: int | None = None,
 ) -> ConvertReport:
     """Convert a hub id or a local folder into one `.edgellama` file, by default `./<name of the source>.edgellama`.
 
     method: "rtn", "search" or "gptq", which is calibrated with about `calibration_tokens` tokens of text: "builtin",
     "self" (the model's own), a text file or a folder of such, or several of these. It works in a hidden folder beside
-    `out`, and goes on there if it was killed. lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that
-    the process may hold (RSS without pages of mapped files). progress(done, total) counts weights. receipt: measure the
-    result against the source and keep the figures in the file; receipt_progress(done, total) tells how far that is.
-    Raises ConvertError, ConfigError or TokenizerError; the destination is then what it was before, or absent.
+    `out`, and goes on there if it was killed. "auto" is "gptq" for models of up to `CALIBRATED_WEIGHTS` with a
+    tokenizer, which lose most and are done in minutes, and "search" for others. lm_head_bits: 4, 8 or 16, of a tied
+    embedding too. max_ram: bytes that the process may hold (RSS without pages of mapped files). progress(done, total)
+    counts weights. receipt: measure the result against the source and keep the figures in the file;
+    receipt_progress(done, total) tells how far that is. add_pad_token: a token with rows of zeros.
+    num_key_value_heads: average neighbouring heads of keys and values to so many. Raises ConvertError, ConfigError or
+    TokenizerError; the destination is then what it was before, or absent.
     """
     started = time.perf_counter()
     n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)
     text = None
-    if method == GPTQ:
+    if method in (GPTQ, AUTO):
         names = [calibration] if isinstance(calibration, str | os.PathLike) else calibration
         text = CalibrationText(names, calibration_tokens)
     origin = resolve(source, revision=revision, token=token, offline=offline)
     destination = Path(f"{origin.name.rsplit('/', 1)[-1]}{SUFFIX}" if out is None else out)
     check_destination(destination)
-    raw_config, config = read_config(origin.folder)
-    files = read_files(origin.folder)
-    warnings = check_tokenizer(files, config)
+    source_raw, source_config = read_config(origin.folder)
+    source_files = read_files(origin.folder)
+    model = operate(
+        Model(source_raw, source_config, as_llama_files(source_files, model_type_of(origin.folder))),
+        add_pad_token=add_pad_token,
+        num_key_value_heads=num_key_value_heads,
+    )
+    raw_config, config, files = model.raw, model.config, dict(model.files)
+    warnings = [*model.changes, *check_tokenizer(files, config)]
+    if method == AUTO:
+        method = GPTQ if has_tokenizer(files) and _layer_weights(config) <= CALIBRATED_WEIGHTS else "search"
+    if method != GPTQ:
+        text = None
     plain_method = "search" if method == GPTQ else method  # of what is not calibrated
     for bits in {4, lm_head_bits} - {16}:
         quantize(np.zeros((1, 1), np.float32), bits, plain_method)  # compiles, before memory is measured, time counted
 
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(Checkpoint(origin.folder))
+        checkpoint = stack.enter_context(open_checkpoint(origin.folder, source_config, model.steps))
         specs = model_tensors(config, lm_head_bits)
         plan = plan_tensors(config, specs, checkpoint.tensors)
         work = _Conversion(checkpoint, specs, plan, plain_method, max_ram, n_threads, files, progress)
@@ -114,9 +131,10 @@ def convert(
         work.compare_tied()
         if text is not None:
             check_calibration_memory(max_ram, memory_needed(config, SEQUENCE_TOKENS))
-            state = _work_state(checkpoint, _hashed_files(origin.folder, files), text, lm_head_bits)
+            state = _work_state(checkpoint, _hashed_files(origin.folder, source_files), text, lm_head_bits)
+            state["changes"] = list(model.changes)
             folder = stack.enter_context(WorkFolder(destination, state))
-            used = _calibration_ids(text, folder, origin.folder, config, files, n_threads)
+            used = _calibration_ids(text, folder, origin.folder, config, files, max_ram, n_threads)
             extra["calibration"] = used.summary()
             layers = CalibratedLayers(
                 checkpoint,
@@ -151,7 +169,9 @@ def convert(
                     progress=receipt_progress,
                 )
                 warnings += measured.warnings
-            provenance = _provenance(origin, checkpoint, raw_files=_hashed_files(origin.folder, files))
+            provenance = _provenance(origin, checkpoint, raw_files=_hashed_files(origin.folder, source_files))
+            if model.changes:
+                provenance["changes"] = list(model.changes)
             writer.finish(files, provenance, measured.stored)
         if text is not None:
             folder.remove()
@@ -265,8 +285,8 @@ class _Conversion:
 
 def _check_options(method: str, lm_head_bits: int, max_ram: int | None, n_threads: int | None) -> int:
     """The number of threads, all options being valid."""
-    if method not in (*METHODS, GPTQ):
-        raise ConvertError(f"method {method!r} is unknown: it is one of {', '.join((*METHODS, GPTQ))}")
+    if method not in (*METHODS, GPTQ, AUTO):
+        raise ConvertError(f"method {method!r} is unknown: it is one of {', '.join((AUTO, GPTQ, *METHODS))}")
     if lm_head_bits not in LM_HEAD_BITS:
         raise ConvertError(f"lm_head_bits {lm_head_bits!r} is not possible: it is one of 4, 8, 16")
     if max_ram is not None and max_ram <= 0:
@@ -288,11 +308,8 @@ def check_destination(path: Path) -> None:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], LlamaConfig]:
-    """config.json verbatim, and understood."""
-    try:
-        raw = parse_object(read_small(folder / CONFIG_FILE, MAX_CONFIG_BYTES), CONFIG_FILE, 0)
-    except FormatError as error:
-        raise ConvertError(str(error)) from None
+    """config.json, verbatim or translated to a Llama's (`siblings`), and understood."""
+    raw = to_llama(read_raw_config(folder))
     return raw, LlamaConfig.from_dict(raw)
 
 
@@ -301,11 +318,21 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {name: read_small(folder / name, MAX_FILE_BYTES) for name in FILE_NAMES if (folder / name).exists()}
 
 
+def has_tokenizer(files: Mapping[str, bytes]) -> bool:
+    return "tokenizer.json" in files or "tokenizer.model" in files
+
+
+def _layer_weights(config: LlamaConfig) -> int:
+    """Of all layers' matrices."""
+    specs = model_tensors(config, 16)
+    return sum(int(np.prod(s.shape)) for s in specs if ".layers." in s.name and s.layout in _CODE_BITS)
+
+
 def check_tokenizer(files: Mapping[str, bytes], config: LlamaConfig) -> list[str]:
     """Load the tokenizer once, so that a damaged one is refused now (TokenizerError); warnings otherwise."""
     from edgellama.tokenizer import load_tokenizer
 
-    if "tokenizer.json" not in files and "tokenizer.model" not in files:
+    if not has_tokenizer(files):
         return ["the source has no tokenizer.json or tokenizer.model: the model will take and give token ids only"]
     try:
         tokenizer = load_tokenizer(files, config)
@@ -339,11 +366,12 @@ def _calibration_ids(
     source: Path,
     config: LlamaConfig,
     files: Mapping[str, bytes],
+    max_ram: int | None,
     n_threads: int,
 ) -> Calibration:
     """The token ids, or those that were chosen before the conversion was killed."""
     tokenizer = None
-    if "tokenizer.json" in files or "tokenizer.model" in files:
+    if has_tokenizer(files):
         from edgellama.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(files, config)
@@ -353,9 +381,9 @@ def _calibration_ids(
     def own_text(sequences: int, length: int) -> np.ndarray:
         if config.is_classifier:
             raise ConvertError("a classifier writes no text of its own: use --calibration builtin, or a text file")
-        if not folder.exists(_OWN_TEXT):
+        if not folder.is_whole(_OWN_TEXT, ["ids"]):
             draft = folder.path / f"draft{SUFFIX}"
-            convert(source, draft, method="search", n_threads=n_threads, receipt=False)
+            convert(source, draft, method="search", max_ram=max_ram, n_threads=n_threads, receipt=False)
             bos = config.bos_token_id if tokenizer is None else tokenizer.bos_id
             bos = bos if bos is not None and 0 <= bos < config.vocab_size else None
             folder.save_arrays(_OWN_TEXT, {"ids": sample(draft, sequences, length, bos, n_threads)})

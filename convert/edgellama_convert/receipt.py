@@ -21,10 +21,10 @@ import xxhash
 from edgellama import golden
 from edgellama.config import LlamaConfig
 from edgellama.errors import EdgellamaError, TokenizerError
-from edgellama.perplexity import Window, chunks, encode_text
+from edgellama.perplexity import Window
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 
-from .comparison import Comparison, NotFinite, Prompt, measure, prompt_logits
+from .comparison import Comparison, NotFinite, Prompt, measure, prompt_logits, windows_of
 from .resources import MIB, private_bytes
 from .walk import SLAB_WEIGHTS
 from .weights import Weights
@@ -103,8 +103,8 @@ def _text(files: Mapping[str, bytes], config: LlamaConfig) -> tuple[Tokenizer | 
         return None, [], ["no quality figures are stored: without a tokenizer there is no text to measure them on"]
     tokenizer = load_tokenizer(files, config)
     try:
-        ids, bos = encode_text(tokenizer, heldout_text(), config.vocab_size)
-        windows = chunks(ids, bos, min(CTX, config.max_position_embeddings))
+        assert tokenizer is not None
+        windows = windows_of(tokenizer, heldout_text(), config.vocab_size, min(CTX, config.max_position_embeddings))
     except (TokenizerError, EdgellamaError, ValueError) as error:
         return tokenizer, [], [f"no quality figures are stored: {error}"]
     return tokenizer, _sample(windows, _weights(config)), []

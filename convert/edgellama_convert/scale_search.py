@@ -37,7 +37,7 @@ LARGEST_HALF = np.uint16(0x7BFF)
 ROUND = np.float32(12582912.0)
 N_CANDIDATES = 16
 # |long end of the codes| / (absmax / scale) runs over these: above zero - 0.5 the largest weights are clipped.
-_FIRST_4, _LAST_4 = 6.0, 12.0
+FIRST_4, LAST_4 = 6.0, 12.0
 _FIRST_8, _LAST_8 = 112.0, 134.0
 TOGETHER = 4  # candidates that share the loads of weights; an even number, for signs alternate
 WORK_ROWS = 3 * TOGETHER + 2
@@ -91,7 +91,7 @@ def choose_scales(x, importance, zero, work, scale, halves):
             largest[r] = max(largest[r], abs(x[j, r]))
     best[:] = np.float32(-1)
     scale[:] = 0
-    first, last = (_FIRST_4, _LAST_4) if zero == 8 else (_FIRST_8, _LAST_8)
+    first, last = (FIRST_4, LAST_4) if zero == 8 else (_FIRST_8, _LAST_8)
     places = x.ctypes.data, importance.ctypes.data, inverse.ctypes.data, sums.ctypes.data
     for candidate in range(0, 2 * N_CANDIDATES, TOGETHER):
         for c in range(TOGETHER):
@@ -111,7 +111,9 @@ def choose_scales(x, importance, zero, work, scale, halves):
     for refit in range(3):
         for r in range(LANES):
             half = to_half(scale[r])
-            if half & 0x7FFF > LARGEST_HALF:
+            if half & 0x7FFF == 0:
+                half = np.uint16(0)  # no -0
+            elif half & 0x7FFF > LARGEST_HALF:
                 half = np.uint16((half & 0x8000) | LARGEST_HALF)
             halves[r] = half
             scale[r] = from_half(half)

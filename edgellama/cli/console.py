@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from edgellama.errors import EdgellamaError, FormatError
+from edgellama.terminal import has_colours, is_terminal
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -65,13 +66,6 @@ def styled(text: str, look: str, stream: IO[str]) -> str:
     if not (text and look and has_colours(stream)):
         return text
     return f"\x1b[{_LOOKS[look]}m{text}\x1b[0m"
-
-
-def has_colours(stream: IO[str]) -> bool:
-    """no-color.org: any value but an empty one says no. The old Windows console would show the codes."""
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return False
-    return is_terminal(stream) and (os.name != "nt" or "WT_SESSION" in os.environ)
 
 
 def write(text: str) -> None:
@@ -150,13 +144,6 @@ def drop_stdout() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-
-
-def is_terminal(stream: IO[str]) -> bool:
-    try:
-        return stream.isatty()
-    except (OSError, ValueError):
-        return False
 
 
 class WordWrap:

@@ -11,15 +11,17 @@ _DESCRIPTION = "Make one .edgellama file from a Hugging Face Llama checkpoint."
 _EPILOG = """\
 examples: edgellama convert meta-llama/Llama-2-7b-hf -o llama-2-7b.edgellama
           edgellama convert ./my-checkpoint
-          edgellama convert ./my-checkpoint --method gptq --calibration ./my-texts
+          edgellama convert ./my-llama --method gptq --calibration ./my-texts
 
 A hub id is fetched through huggingface_hub, with its cache and token (HF_HOME,
 HF_TOKEN). The checkpoint is read tensor by tensor: memory stays far below its
 size. Interrupted, it leaves nothing behind.
 
---method gptq is slower and much more exact: it runs calibration text through the
-model and lets each weight make up for the errors before it. Interrupted, it goes
-on where it was when the same command is given again.
+--method gptq runs calibration text through the model and lets each weight make
+up for the errors before it: much more exact, and slow. Without --method that is
+done for small models (up to 200 million weights in the layers: minutes); others
+get `search`, which needs no text: a 7B model takes a minute and a half, and two
+hours with gptq. Interrupted, gptq goes on when the same command is given again.
 
 When it is written, the model is measured against its source on a short text of
 several languages; `edgellama info` shows the figures, `verify` checks answers
@@ -28,15 +30,19 @@ that are kept with them. For a 7B model this takes about as long again."""
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
-        "convert", help="make an .edgellama file from a checkpoint", description=_DESCRIPTION, epilog=_EPILOG
+        "convert",
+        help="make an .edgellama file from a checkpoint",
+        usage="edgellama convert SOURCE [-o OUT] [options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
     )
     parser.add_argument("source", metavar="SOURCE", help="a hub id (org/name) or a local folder with safetensors")
     parser.add_argument("-o", "--out", metavar="OUT", help="default: the source's last part + .edgellama, here")
     parser.add_argument(
         "--method",
-        default="search",
-        choices=("search", "gptq", "rtn"),
-        help="search (default), gptq (calibrated: best, slow) or rtn (plain rounding)",
+        default="auto",
+        choices=("auto", "search", "gptq", "rtn"),
+        help="gptq (calibrated: best, slow), search, rtn (plain rounding); auto (default): gptq for small models",
     )
     parser.add_argument(
         "--calibration",
@@ -52,6 +58,19 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument(
         "--lm-head-bits", type=int, default=8, choices=(4, 8, 16), help="bits of the output layer (default 8)"
+    )
+    parser.add_argument(
+        "--add-pad-token",
+        nargs="?",
+        const="<pad>",
+        metavar="TOKEN",
+        help="a token to pad with (default <pad>); its rows are zero",
+    )
+    parser.add_argument(
+        "--num-key-value-heads",
+        type=options.positive_int,
+        metavar="N",
+        help="average the heads of keys and values to N",
     )
     parser.add_argument("--no-receipt", action="store_true", help="do not measure the quality against the source")
     parser.add_argument("--max-ram", type=options.byte_size, metavar="SIZE", help="stay below this, e.g. 1.5G")
@@ -70,8 +89,11 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.method != "gptq" and (args.calibration or args.calibration_tokens):
-        args.parser.error(f"--method {args.method} is not calibrated: add --method gptq")
+    if args.calibration or args.calibration_tokens:
+        if args.method == "auto":
+            args.method = "gptq"
+        if args.method != "gptq":
+            args.parser.error(f"--method {args.method} is not calibrated: drop --calibration, or take --method gptq")
     from edgellama_convert import convert
 
     with (
@@ -98,11 +120,13 @@ def run(args: argparse.Namespace) -> int:
                 progress=progress.update,
                 receipt=not args.no_receipt,
                 receipt_progress=measuring,
+                add_pad_token=args.add_pad_token,
+                num_key_value_heads=args.num_key_value_heads,
             )
         except KeyboardInterrupt:
             progress.close()
             measured.close()
-            kept = "; the same command goes on from here" if args.method == "gptq" else ""
+            kept = "; calibrated work is kept, the same command goes on" if args.method in ("gptq", "auto") else ""
             console.note(f"edgellama: interrupted; nothing was written{kept}")
             return 130
     if args.json:
@@ -122,6 +146,7 @@ def summary(report) -> list[str]:
     return [
         f"size   {console.size(report.source_bytes)} -> {console.size(report.file_bytes)}, "
         f"{console.count(report.weights)} weights",
+        f"method {report.method}{_better(report.method)}",
         f"bits   {report.bits_per_weight:.2f} per weight; {report.linear_bits_per_weight:.2f} in the layers' matrices, "
         f"{report.lm_head_bits} in the output layer",
         f"error  at most {error:.1%} (relative rms), {name.removesuffix('.weight')}",
@@ -130,6 +155,10 @@ def summary(report) -> list[str]:
         *(f"note   {line}" for line in [*_ignored(report.ignored), *report.warnings]),
         f"next   edgellama {_next(report)}",
     ]
+
+
+def _better(method: str) -> str:
+    return "" if method == "gptq" else "; --method gptq is more exact, and slow"
 
 
 def quality_line(quality: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     source = Path(checkpoint_dir())
     with Progress("convert", unit="weights", ready_line=GETTING_READY) as progress:
-        report = convert(source, out, offline=True, progress=progress.update)
+        report = convert(source, out, method="search", offline=True, progress=progress.update)
     console.note(
         f"read   {console.shell_path(source)} "
         f"({console.count(report.weights)} weights, {console.size(report.source_bytes)})"

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import edgellama
 from edgellama.cli import (
+    attention_mask,
     bench,
     chat,
     compare,
@@ -23,7 +24,22 @@ from edgellama.cli import (
     verify,
 )
 
-_VERBS = (demo, run, chat, generate, convert, list_models, rm, info, verify, export, bench, perplexity, compare)
+_VERBS = (
+    demo,
+    run,
+    chat,
+    generate,
+    convert,
+    list_models,
+    rm,
+    info,
+    verify,
+    export,
+    bench,
+    perplexity,
+    compare,
+    attention_mask,
+)
 _DESCRIPTION = "Run Llama models on your own machine: one int4 file, from Python, on any CPU."
 _EPILOG = """\
 try it:  edgellama demo

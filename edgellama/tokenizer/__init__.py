@@ -7,15 +7,17 @@
 
 Modules: `loader` (which files, which class, assembly), `settings` (the small JSON files), `rebuild` (what transformers'
 tokenizer classes change about a tokenizer.json), `sentencepiece_model` (reads tokenizer.model), `stream` (incremental
-decode), `token_bytes`, `core` (`Tokenizer`), `screening` (what no library should see), `guard` (other people's
-exceptions and panics become `TokenizerError`).
+decode), `token_bytes`, `core` (encode, decode), `special` (special tokens), `limits` and `batch` (padding, truncation),
+`dropout` (sampling), `api` (`Tokenizer`: all of it, as transformers calls it), `screening` (what no library should
+see), `guard` (other people's exceptions and panics become `TokenizerError`).
 
 Knows nothing of models, files on disk or the network. Importing it is cheap: `tokenizers` is imported by the first
 `load_tokenizer`. Which behaviour is Hugging Face's, where its versions differ: see `loader`.
 """
 
-from edgellama.tokenizer.core import Tokenizer
+from edgellama.tokenizer.api import Tokenizer
+from edgellama.tokenizer.batch import BatchEncoding
 from edgellama.tokenizer.loader import load_tokenizer
 from edgellama.tokenizer.stream import StreamDecoder
 
-__all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = ["BatchEncoding", "StreamDecoder", "Tokenizer", "load_tokenizer"]

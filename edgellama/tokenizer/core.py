@@ -1,4 +1,4 @@
-"""`Tokenizer`: one interface over every kind of tokenizer. Assembled by `loader`; knows no files."""
+"""`CoreTokenizer`: one interface over every kind of tokenizer. Assembled by `loader`; knows no files."""
 
 import json
 import operator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-class Tokenizer:
+class CoreTokenizer:
     """Text to ids and back, as Hugging Face's tokenizer of the same checkpoint does it. Safe to share between threads.
 
     `vocab_size`: ids the tokenizer knows, added tokens included (a model may have more rows). `bos_id`, `eos_id`: None
@@ -38,10 +38,17 @@ class Tokenizer:
         self._backend, self._clean_up = backend, clean_up_spaces
         self.kind, self.bos_id, self.eos_id, self.chat_template = kind, bos_id, eos_id, chat_template
         self.special_tokens = dict(special_tokens or {})
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self._decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+        self._read_vocabulary()
+
+    def _read_vocabulary(self) -> None:
+        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
+
+    def _changed(self) -> None:
+        """To be called after the backend was changed."""
+        self._read_vocabulary()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; `add_special_tokens` puts BOS and EOS where the checkpoint's settings want them.
@@ -51,12 +58,7 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be str, got {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"the text is not valid Unicode: a lone surrogate U+{ord(text[error.start]):04X} at {error.start}"
-            ) from None
+        check_unicode(text)
         with refusing("the text cannot be tokenized"):
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -74,6 +76,16 @@ class Tokenizer:
         with refusing("the ids cannot be decoded"):
             text = self._backend.decode(numbers, skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self._clean_up else text
+
+    @property
+    def decoder_fields(self) -> dict | None:
+        """The decoder's JSON; None without one."""
+        return self._decoder
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token's own string ("▁Hello"); None if there is no such token."""
+        with refusing("not a token"):
+            return self._backend.token_to_id(token)
 
     def stream(self, skip_special_tokens: bool = False, after: Sequence[int] = ()) -> StreamDecoder:
         """A decoder that takes one id at a time and never emits half a character.
@@ -113,3 +125,13 @@ class Tokenizer:
             return None
         with refusing(f"{number} is not a token id"):
             return self._backend.id_to_token(number)
+
+
+def check_unicode(text: str) -> None:
+    """TokenizerError for text with a lone surrogate."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"the text is not valid Unicode: a lone surrogate U+{ord(text[error.start]):04X} at {error.start}"
+        ) from None

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgellama.errors import TokenizerError
 from edgellama.tokenizer import rebuild
-from edgellama.tokenizer.core import Tokenizer
+from edgellama.tokenizer.api import Tokenizer
 from edgellama.tokenizer.guard import quiet_panics, refusing
 from edgellama.tokenizer.screening import check_before_parsing, check_growth
 from edgellama.tokenizer.sentencepiece_model import read_spm_model
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Runs every part of a pipeline once, and gives a regular expression that backtracks without end something to do.
 _PROBE = "a \u00e9\n1" + "".join(character * 32 for character in "a 1.\n")
+_LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")  # pad on the left; others on the right
 _PROBE_SECONDS = 2.0  # a good tokenizer needs 100 microseconds
 
 
@@ -88,7 +89,7 @@ def _from_json(data: bytes, files: Mapping[str, bytes], config: "LlamaConfig | N
     rebuild.add_tokens(backend, settings, named, extra)
     if not as_it_is and spec.add_bos_token:
         rebuild.set_post_processor(backend, _content(named, "bos_token"), None)
-    return _finish(backend, "tokenizer.json", settings, named, config)
+    return _finish(backend, "tokenizer.json", settings, named, config, files, rebuilt=name if not as_it_is else None)
 
 
 def _from_spm(data: bytes, files: Mapping[str, bytes], config: "LlamaConfig | None") -> Tokenizer:
@@ -99,11 +100,17 @@ def _from_spm(data: bytes, files: Mapping[str, bytes], config: "LlamaConfig | No
     rebuild.add_tokens(backend, settings, named, [*settings.extra_special, *rebuild.spm_added_tokens(model)])
     bos = _content(named, "bos_token") if settings.add_bos_token is not False else None
     rebuild.set_post_processor(backend, bos, _content(named, "eos_token") if settings.add_eos_token else None)
-    return _finish(backend, "tokenizer.model", settings, named, config)
+    return _finish(backend, "tokenizer.model", settings, named, config, files, rebuilt="LlamaTokenizer")
 
 
 def _finish(
-    backend: "tokenizers.Tokenizer", kind: str, settings: Settings, named: dict, config: "LlamaConfig | None"
+    backend: "tokenizers.Tokenizer",
+    kind: str,
+    settings: Settings,
+    named: dict,
+    config: "LlamaConfig | None",
+    files: Mapping[str, bytes],
+    rebuilt: str | None,
 ) -> Tokenizer:
     import tokenizers
 
@@ -120,6 +127,10 @@ def _finish(
     eos_ids = config.eos_token_ids if config is not None else ()
     return Tokenizer(
         backend,
+        settings=settings,
+        padding_side=settings.padding_side or ("left" if rebuilt in _LLAMA_CLASSES else "right"),
+        model_input_names=settings.model_input_names or ["input_ids", "attention_mask"],
+        files=files,
         kind=kind,
         bos_id=_id_of(backend, named, "bos_token", config.bos_token_id if config is not None else None),
         eos_id=_id_of(backend, named, "eos_token", eos_ids[0] if eos_ids else None),

@@ -168,8 +168,11 @@ def set_post_processor(backend: "tokenizers.Tokenizer", bos: str | None, eos: st
     """BOS before and EOS after every text, each unless None."""
     from tokenizers import processors
 
-    pieces = [f"{bos}:0" if bos is not None else "", "$A:0", f"{eos}:0" if eos is not None else ""]
+    def around(text: str, number: int) -> list[str]:
+        before, after = ([] if token is None else [f"{token}:{number}"] for token in (bos, eos))
+        return [*before, f"{text}:{number}", *after]
+
     special = [(token, backend.token_to_id(token)) for token in (bos, eos) if token is not None]
     backend.post_processor = processors.TemplateProcessing(
-        single=" ".join(filter(None, pieces)), pair=None, special_tokens=special
+        single=around("$A", 0), pair=around("$A", 0) + around("$B", 1), special_tokens=special
     )

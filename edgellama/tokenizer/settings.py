@@ -40,6 +40,11 @@ class Settings:
     extra_special: list[AddedTokenFields] = field(default_factory=list)
     added: dict[int, AddedTokenFields] = field(default_factory=dict)  # id as stated -> token
     chat_template: str | dict[str, str] | None = None
+    padding_side: str | None = None
+    truncation_side: str | None = None
+    model_max_length: int | None = None
+    model_input_names: list[str] | None = None
+    use_default_system_prompt: bool = False
 
 
 def checked_bytes(files: Mapping[str, bytes], name: str) -> bytes | None:
@@ -98,6 +103,11 @@ def read_settings(files: Mapping[str, bytes], tokenizer_json_tokens: list | None
             _optional(name, raw, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", bool)
         ),
         chat_template=_chat_template(files, raw),
+        padding_side=_side(name, raw, "padding_side"),
+        truncation_side=_side(name, raw, "truncation_side"),
+        model_max_length=_length(name, raw),
+        model_input_names=_names(name, raw, "model_input_names"),
+        use_default_system_prompt=bool(_optional(name, raw, "use_default_system_prompt", bool)),
     )
     _read_special(settings, name, raw)
     decoder = raw.get("added_tokens_decoder")
@@ -183,6 +193,30 @@ def _optional(name: str, raw: dict, key: str, kind: type):
     value = raw.get(key)
     if value is not None and not isinstance(value, kind):
         raise TokenizerError(f"{name}: {key} must be {kind.__name__}, got {value!r:.80}")
+    return value
+
+
+def _side(name: str, raw: dict, key: str) -> str | None:
+    side = raw.get(key)
+    if side not in (None, "left", "right"):
+        raise TokenizerError(f"{name}: {key} must be left or right, got {side!r:.80}")
+    return side
+
+
+def _length(name: str, raw: dict) -> int | None:
+    """A whole number; 1e30 is how transformers writes "nobody said"."""
+    value = raw.get("model_max_length", raw.get("max_len"))
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e40:
+        raise TokenizerError(f"{name}: model_max_length must be a positive number, got {value!r:.80}")
+    return int(value)
+
+
+def _names(name: str, raw: dict, key: str) -> list[str] | None:
+    value = _optional(name, raw, key, list)
+    if value is not None and not all(isinstance(each, str) for each in value):
+        raise TokenizerError(f"{name}: {key} must be a list of names")
     return value
 
 

@@ -3,6 +3,7 @@
 work.py      what is kept on disk, and how a killed conversion goes on
 driver.py    the order of things: streams, layers, steps
 layer.py     the forward pass in parts
+parts.py     work divided among threads
 solve.py     one matrix: factor, groups, refinements
 kernels.py   one group, compiled
 """

@@ -10,8 +10,9 @@ Knows the order of things; `layer` has the forward pass, `solve` the arithmetic 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import numpy as np
 
@@ -24,7 +25,8 @@ from ..names import EMBEDDING
 from ..pipeline import TensorError, bad_weight
 from ..quantizers import quantize
 from .layer import LayerMath, Linear
-from .solve import Factor, Moments, quantize_matrix, shift
+from .parts import each_part, threads
+from .solve import PANEL, Factor, Moments, quantize_matrix, shift
 from .work import Stream, WorkFolder
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -61,21 +63,30 @@ class CalibratedLayers:
         """`ids` int32[sequences, length]; `embedding_bits` as stored (16: float16); `on_weights(n)` after n weights."""
         self._checkpoint, self._config, self._ids, self._work = checkpoint, config, ids, work
         self._embedding_bits, self._n_threads, self._on_weights = embedding_bits, n_threads, on_weights
-        self._math = LayerMath(config, ids.shape[1])
         widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim, config.hidden_size)
         sequences = max(1, _CHUNK_BYTES // (4 * widest * ids.shape[1]))
         self._chunk = sequences * ids.shape[1]
 
     def run(self) -> None:
         """Do the layers that the work folder lacks."""
-        done, layers = self._work.layers_done(), self._config.num_hidden_layers
-        if 0 < done < layers and not self._work.exists(f"x-{done:05d}.quantized"):
+        layers = self._config.num_hidden_layers
+        keys = [f"{name}.{what}" for name in MATRICES for what in ("codes", "scales", "error")]
+        done = 0
+        while done < layers and self._work.is_whole(_layer_file(done), keys):
+            done += 1
+        nbytes = 4 * self._ids.size * self._config.hidden_size
+        inputs = f"x-{done:05d}.source", f"x-{done:05d}.quantized"
+        if done < layers and any(self._work.nbytes(name) != nbytes for name in inputs):
             done = 0
         for i in range(done):
-            self._on_weights(sum(self._tensor(i, name).shape[0] * self._tensor(i, name).shape[1] for name in MATRICES))
-        if done == 0:
-            self._embed()
-        with ThreadPoolExecutor(self._n_threads, thread_name_prefix="gptq") as pool:
+            self._on_weights(sum(math.prod(self._tensor(i, name).shape) for name in MATRICES))
+        with (
+            threads(self._n_threads) as pool,
+            np.errstate(over="ignore", invalid="ignore"),  # `_quantize` looks at what comes of it
+        ):
+            if done == 0:
+                self._work.discard("layer-*")
+                self._embed()
             for i in range(done, layers):
                 self._layer(i, pool)
                 self._work.discard(f"x-{i:05d}.*")
@@ -120,12 +131,11 @@ class CalibratedLayers:
 
     @contextlib.contextmanager
     def _streams(self, name: str, width: int) -> Iterator[tuple[Stream, Stream]]:
-        streams = [self._work.stream(f"{name}.{which}", width) for which in ("source", "quantized")]
-        try:
-            yield streams[0], streams[1]
-        finally:
-            for stream in streams:
-                stream.close()
+        with (
+            self._work.stream(f"{name}.source", width) as source,
+            self._work.stream(f"{name}.quantized", width) as quantized,
+        ):
+            yield source, quantized
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
         for first in range(0, self._ids.size, self._chunk):
@@ -133,8 +143,8 @@ class CalibratedLayers:
 
     # -- one layer -----------------------------------------------------------------------------------------------
 
-    def _layer(self, i: int, pool: ThreadPoolExecutor) -> None:
-        config, math = self._config, self._math
+    def _layer(self, i: int, pool: Executor) -> None:
+        config, parts = self._config, LayerMath(self._config, self._ids.shape[1], pool)
         hidden, width, wide = config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size
         norm = self._vector(f"model.layers.{i}.input_layernorm.weight")
         norm2 = self._vector(f"model.layers.{i}.post_attention_layernorm.weight")
@@ -142,6 +152,12 @@ class CalibratedLayers:
 
         def quantize(linears: Mapping[str, Linear], moments: Moments, of_output: bool) -> list[Linear]:
             return self._quantize(i, linears, moments, of_output, results, pool)
+
+        def source_output(moments: Moments, linear: Linear, before, inputs) -> np.ndarray:
+            """The source's residual stream after `linear`, counted in what the quantized model would lack of it."""
+            source, quantized = (h + parts.linear(linear, x) for h, x in zip(before, inputs, strict=True))
+            moments.add(inputs[1], source - quantized, pool)
+            return source
 
         with (
             self._streams(f"x-{i:05d}", hidden) as x,
@@ -152,41 +168,45 @@ class CalibratedLayers:
         ):
             moments = Moments.zeros(hidden, hidden)
             for first, last in self._chunks():
-                source, quantized = (math.norm(stream.read(first, last), norm) for stream in x)
-                moments.add(quantized, source - quantized)
+                source, quantized = (parts.norm(stream.read(first, last), norm) for stream in x)
+                moments.add(quantized, source - quantized, pool)
             qkv = self._linears(i, QKV)
             models = list(qkv.values()), quantize(qkv, moments, of_output=False)
 
             moments, output = Moments.zeros(width, hidden), self._linears(i, [O])
             for first, last in self._chunks():
                 before = [stream.read(first, last) for stream in x]
-                normed = [math.norm(h, norm) for h in before]
-                inputs = [math.attention(q(h), k(h), v(h)) for h, (q, k, v) in zip(normed, models, strict=True)]
+                inputs = []
+                for h, linears in zip(before, models, strict=True):
+                    normed = parts.norm(h, norm)
+                    inputs.append(parts.attention(*(parts.linear(linear, normed) for linear in linears)))
                 attended.write(first, inputs[1])
-                middle[0].write(first, _source_output(moments, output[O], before, inputs))
+                middle[0].write(first, source_output(moments, output[O], before, inputs))
             (o,) = quantize(output, moments, of_output=True)
 
             moments = Moments.zeros(hidden, hidden)
             for first, last in self._chunks():
-                h = x[1].read(first, last) + o(attended.read(first, last))
+                h = x[1].read(first, last) + parts.linear(o, attended.read(first, last))
                 middle[1].write(first, h)
-                source, quantized = (math.norm(each, norm2) for each in (middle[0].read(first, last), h))
-                moments.add(quantized, source - quantized)
+                source, quantized = (parts.norm(each, norm2) for each in (middle[0].read(first, last), h))
+                moments.add(quantized, source - quantized, pool)
             gate_up = self._linears(i, (GATE, UP))
             models = list(gate_up.values()), quantize(gate_up, moments, of_output=False)
 
             moments, output = Moments.zeros(wide, hidden), self._linears(i, [DOWN])
             for first, last in self._chunks():
                 before = [stream.read(first, last) for stream in middle]
-                normed = [math.norm(h, norm2) for h in before]
-                inputs = [math.gated(gate(h), up(h)) for h, (gate, up) in zip(normed, models, strict=True)]
+                inputs = []
+                for h, linears in zip(before, models, strict=True):
+                    normed = parts.norm(h, norm2)
+                    inputs.append(parts.gated(*(parts.linear(linear, normed) for linear in linears)))
                 gated.write(first, inputs[1])
-                following[0].write(first, _source_output(moments, output[DOWN], before, inputs))
+                following[0].write(first, source_output(moments, output[DOWN], before, inputs))
             del models, gate_up, qkv, before, normed, inputs  # memory is tightest now
             (down,) = quantize(output, moments, of_output=True)
 
             for first, last in self._chunks():
-                following[1].write(first, middle[1].read(first, last) + down(gated.read(first, last)))
+                following[1].write(first, middle[1].read(first, last) + parts.linear(down, gated.read(first, last)))
             for out in following:
                 out.flush()
         self._work.save_arrays(_layer_file(i), results)
@@ -199,19 +219,30 @@ class CalibratedLayers:
         moments: Moments,
         of_output: bool,
         results: dict[str, np.ndarray],
-        pool: ThreadPoolExecutor,
+        pool: Executor,
     ) -> list[Linear]:
         """Quantize matrices that share their input; their codes go into `results`. Uses `moments` up."""
-        if not np.isfinite(np.diagonal(moments.hessian)).all():
+        if not (np.isfinite(np.diagonal(moments.hessian)).all() and np.isfinite(moments.lack).all()):
             raise ConvertError(f"layer {i}: its activations are not finite; the checkpoint is damaged")
         moments.complete()
-        targets = [shift(linear.weight, moments.lack, of_output) for linear in linears.values()]
+        targets = [np.empty_like(linear.weight) for linear in linears.values()]
+        for linear, target in zip(linears.values(), targets, strict=True):
+
+            def aim(row: int, end: int, weight: np.ndarray = linear.weight, target: np.ndarray = target) -> None:
+                lack = moments.lack[row:end] if of_output else moments.lack
+                target[row:end] = shift(weight[row:end], lack, of_output)
+
+            each_part(pool, len(target), PANEL, aim)
         moments.lack = np.zeros((0, 0), np.float32)
-        factor = Factor(moments.hessian)
+        factor = Factor(moments.hessian, pool)
         quantized = []
         for (name, linear), target in zip(linears.items(), targets, strict=True):
-            factor.solve(target)
-            target += linear.weight
+
+            def solve(row: int, end: int, weight: np.ndarray = linear.weight, target: np.ndarray = target) -> None:
+                factor.solve(target[row:end])
+                target[row:end] += weight[row:end]
+
+            each_part(pool, len(target), PANEL, solve)
             codes = quantize_matrix(target, factor, pool)
             stored = dequantize(codes.codes, codes.scales, 4)
             difference = (stored - linear.weight).reshape(-1)
@@ -240,18 +271,6 @@ class CalibratedLayers:
 
 def _layer_file(i: int) -> str:
     return f"layer-{i:05d}.npz"
-
-
-def _source_output(
-    moments: Moments, linear: Linear, before: Sequence[np.ndarray], inputs: Sequence[np.ndarray]
-) -> np.ndarray:
-    """The source's residual stream after `linear`, counted in what the quantized model would lack of it.
-
-    before, inputs: the residual streams and what goes into `linear`, of the source and of the quantized model.
-    """
-    source, quantized = (h + linear(values) for h, values in zip(before, inputs, strict=True))
-    moments.add(inputs[1], source - quantized)
-    return source
 
 
 def _as_stored(rows: np.ndarray, bits: int) -> np.ndarray:

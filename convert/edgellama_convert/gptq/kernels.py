@@ -22,7 +22,7 @@ _LOW, _HIGH, _ZERO = np.float32(-8), np.float32(7), np.float32(8)
 def quantize_group(adjusted, target, upper, weight, codes, scales, errors):
     """Choose scales for a group, then codes one input after the other, each making up for the errors before it.
 
-    adjusted float32[rows, n]: the weights plus what the groups before ask for; target float32[rows, n]: the weights.
+    adjusted float32[rows, n]: what would make up best for the groups before; target float32[rows, n]: the weights.
     upper float32[n, n]: unit upper triangular factor A of the Hessian A D A^T; weight float32[n]: of a squared error.
     Fills codes uint8[rows, n] (zero point added), scales uint16[rows] (float16 bits), errors float32[rows, n]
     (target - dequantized).
@@ -53,8 +53,8 @@ def quantize_group(adjusted, target, upper, weight, codes, scales, errors):
             for r in range(m):
                 q = min(max((x[j, r] * inverse[r] + ROUND) - ROUND, _LOW), _HIGH)
                 codes[first + r, j] = np.uint8(q + _ZERO)
-                error[r] = target[first + r, j] - q * scale[r]
-                errors[first + r, j] = error[r]
+                error[r] = adjusted[first + r, j] - q * scale[r]
+                errors[first + r, j] = target[first + r, j] - q * scale[r]
             for i in range(j + 1, n):
                 a = upper[j, i]
                 for r in range(LANES):
@@ -69,11 +69,12 @@ def _add(x, factor, row, first):
 
 
 @entry_point
-def refine_group(gradient, hessian, codes, scales, errors):
+def refine_group(gradient, target, hessian, codes, scales, errors):
     """One round of coordinate descent on tr(E H E^T) over a group: first its scale, then its codes in order.
 
-    gradient float32[rows, n]: (E H) of the group's inputs, changed here; hessian float32[n, n]: its diagonal block.
-    Changes codes, scales and errors (as in `quantize_group`) in place; a step is taken only if it lowers the objective.
+    gradient float32[rows, n]: (E H) of the group's inputs, changed here; target float32[rows, n]: the weights; hessian
+    float32[n, n]: its diagonal block. Changes codes, scales and errors (as in `quantize_group`) in place; a step is
+    taken only if it lowers the objective.
     """
     rows, n = gradient.shape
     q = np.empty(n, np.float32)
@@ -101,14 +102,12 @@ def refine_group(gradient, hessian, codes, scales, errors):
                     scale = from_half(half)
                     scales[row] = half
                     _add(p, step, hq, 0)
-                    for j in range(n):
-                        errors[row, j] += step * q[j]
         inverse = np.float32(1) / scale
         for j in range(n):
             wish = q[j] + p[j] / hessian[j, j] * inverse
             code = min(max((wish + ROUND) - ROUND, _LOW), _HIGH)
             if code != q[j]:
-                change = (q[j] - code) * scale
-                errors[row, j] += change
+                _add(p, (q[j] - code) * scale, hessian[j], 0)
+                q[j] = code
                 codes[row, j] = np.uint8(code + _ZERO)
-                _add(p, change, hessian[j], 0)
+            errors[row, j] = target[row, j] - q[j] * scale

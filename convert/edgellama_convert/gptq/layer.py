@@ -6,13 +6,18 @@ files and nothing of quantization.
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
+
 import numpy as np
 
 from edgellama.backends.reference import ACTIVATIONS
 from edgellama.config import LlamaConfig
 from edgellama.rope import cos_sin
 
-_SCORES_BYTES = 4 << 20  # held at a time: they should stay in a cache
+from .parts import each, each_part, spans
+
+_TILE = 512  # tokens, and rows of a matrix, of a product that is one thread's
+_ROWS = 64  # tokens of whatever is done element by element
 
 
 class Linear:
@@ -21,57 +26,80 @@ class Linear:
     def __init__(self, weight: np.ndarray, bias: np.ndarray | None = None):
         self.weight, self.bias = weight, bias
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray, pool: Executor | None = None) -> np.ndarray:
         """[tokens, in] -> [tokens, out]"""
-        y = x @ self.weight.T
-        if self.bias is not None:
-            y += self.bias
+        y = np.empty((len(x), len(self.weight)), np.float32)
+
+        def multiply(t: int, t_end: int, row: int, row_end: int) -> None:
+            here = y[t:t_end, row:row_end]
+            np.matmul(x[t:t_end], self.weight[row:row_end].T, out=here)
+            if self.bias is not None:
+                here += self.bias[row:row_end]
+
+        places = [(*tokens, *rows) for tokens in spans(len(x), _TILE) for rows in spans(len(self.weight), _TILE)]
+        each(pool, places, multiply)
         return y
 
 
 class LayerMath:
     """The parts of a layer that are the same in every layer. Sequences lie one after another in [tokens, ...]."""
 
-    def __init__(self, config: LlamaConfig, seq_len: int):
-        self.config, self.seq_len = config, seq_len
+    def __init__(self, config: LlamaConfig, seq_len: int, pool: Executor | None = None):
+        self.config, self.seq_len, self._pool = config, seq_len, pool
         self._cos, self._sin = (part[:, None, :] for part in cos_sin(config, np.arange(seq_len), seq_len))
         self._mask = np.triu(np.full((seq_len, seq_len), -np.inf, np.float32), 1)
 
+    def linear(self, linear: Linear, x: np.ndarray) -> np.ndarray:
+        return linear(x, self._pool)
+
     def norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        variance = np.mean(x * x, axis=-1, keepdims=True)
-        return weight * (x / np.sqrt(variance + np.float32(self.config.rms_norm_eps)))
+        y = np.empty_like(x)
+
+        def some(t: int, end: int) -> None:
+            part = x[t:end]
+            variance = np.mean(part * part, axis=-1, keepdims=True)
+            y[t:end] = weight * (part / np.sqrt(variance + np.float32(self.config.rms_norm_eps)))
+
+        each_part(self._pool, len(x), _ROWS, some)
+        return y
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
         """float32 [tokens, heads * head_dim] of projected inputs -> what o_proj takes, the same shape as q."""
-        config = self.config
         out = np.empty_like(q)
-        shape = (self.seq_len, -1, config.head_dim)
-        shared = config.num_attention_heads // config.num_key_value_heads
-        together = max(1, _SCORES_BYTES // (4 * self.seq_len**2 * shared))  # KV heads whose scores are held at once
-        for first in range(0, len(q), self.seq_len):
-            here = slice(first, first + self.seq_len)
-            queries = self._rotate(q[here].reshape(shape)).transpose(1, 0, 2)  # [heads, T, head_dim]
-            keys = self._rotate(k[here].reshape(shape)).transpose(1, 2, 0)  # [kv_heads, head_dim, T]
-            values = v[here].reshape(shape).transpose(1, 0, 2)
-            merged = out[here].reshape(shape)
-            for head in range(0, config.num_key_value_heads, together):
-                some = slice(head, head + together)
-                group = queries[head * shared : (head + together) * shared]
-                scores = np.matmul(group.reshape(-1, shared, *group.shape[1:]), keys[some, None])
-                scores *= np.float32(config.head_dim**-0.5)
-                scores += self._mask
-                scores -= scores.max(axis=-1, keepdims=True)
-                np.exp(scores, out=scores)
-                scores /= scores.sum(axis=-1, keepdims=True)
-                mixed = np.matmul(scores, values[some, None])  # [some, shared, T, head_dim]
-                merged[:, head * shared : (head + together) * shared] = mixed.reshape(-1, *mixed.shape[2:]).transpose(
-                    1, 0, 2
-                )
+        heads = self.config.num_key_value_heads
+        starts = range(0, len(q), self.seq_len)
+
+        def attend(t: int, head: int) -> None:
+            here = slice(t, t + self.seq_len)
+            self._attend(head, q[here], k[here], v[here], out[here])
+
+        each(self._pool, [(t, head) for t in starts for head in range(heads)], attend)
         return out
 
+    def _attend(self, head: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray) -> None:
+        """One sequence, one KV head and the query heads that share it."""
+        config = self.config
+        shape, shared = (self.seq_len, -1, config.head_dim), config.num_attention_heads // config.num_key_value_heads
+        keys = self._rotate(k.reshape(shape)[:, head : head + 1])[:, 0].T  # [head_dim, T]
+        values = v.reshape(shape)[:, head]  # [T, head_dim]
+        for i in range(head * shared, (head + 1) * shared):
+            scores = self._rotate(q.reshape(shape)[:, i : i + 1])[:, 0] @ keys
+            scores *= np.float32(config.head_dim**-0.5)
+            scores += self._mask
+            scores -= scores.max(axis=-1, keepdims=True)
+            np.exp(scores, out=scores)
+            scores /= scores.sum(axis=-1, keepdims=True)
+            out.reshape(shape)[:, i] = scores @ values
+
     def gated(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-        """What down_proj takes."""
-        return ACTIVATIONS[self.config.hidden_act](gate) * up
+        """What down_proj takes, in place of `gate`."""
+        activation = ACTIVATIONS[self.config.hidden_act]
+
+        def some(t: int, end: int) -> None:
+            gate[t:end] = activation(gate[t:end]) * up[t:end]
+
+        each_part(self._pool, len(gate), _ROWS, some)
+        return gate
 
     def _rotate(self, x: np.ndarray) -> np.ndarray:
         """Turn each pair (x[i], x[i + head_dim/2]) of x [T, heads, head_dim] by its position's angle."""

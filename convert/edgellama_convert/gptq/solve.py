@@ -11,8 +11,7 @@ Float32 in BLAS, blocks of fixed sizes; the loops inside a group are `kernels`. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +20,7 @@ from edgellama.quant import GROUP_SIZE
 
 from ..scale_search import LANES
 from .kernels import quantize_group, refine_group
+from .parts import each, each_part, spans
 
 DAMPING = 0.05
 """Of the Hessian's mean diagonal, added to its diagonal: what calibration text cannot know."""
@@ -28,10 +28,8 @@ FEEDBACK = 0.75
 """Share of the error made so far that a matrix is asked to undo: all of it would fit the calibration text too well."""
 REFINEMENTS = 2
 _BLOCK = GROUP_SIZE
-_PANEL = 1024
-_ROWS_OF_A_JOB = 8 * LANES
-
-Run = Callable[[Callable[[int, int], None], int], None]
+PANEL = 512  # inputs, or rows, of a product that is one thread's
+_ROWS_OF_A_JOB = 16 * LANES
 
 
 @dataclass
@@ -51,22 +49,30 @@ class Moments:
     def zeros(cls, in_features: int, lacking: int) -> Moments:
         return cls(np.zeros((in_features, in_features), np.float32), np.zeros((lacking, in_features), np.float32))
 
-    def add(self, x: np.ndarray, lacks: np.ndarray) -> None:
+    def add(self, x: np.ndarray, lacks: np.ndarray, pool: Executor | None = None) -> None:
         """Count in inputs float32[tokens, in] and what is lacking, float32[tokens, lacking]."""
-        for begin, end in _blocks(x.shape[1], _PANEL):  # half of the products, and faster than NumPy's syrk
-            self.hessian[:end, begin:end] += x[:, :end].T @ x[:, begin:end]
-        self.lack += lacks.T @ x
+        panels = list(spans(x.shape[1], PANEL))
+
+        def count(row: int, row_end: int, begin: int, end: int) -> None:
+            self.hessian[row:row_end, begin:end] += x[:, row:row_end].T @ x[:, begin:end]
+
+        each(pool, [(*rows, *columns) for columns in panels for rows in panels if rows <= columns], count)
+
+        def count_lack(row: int, row_end: int) -> None:
+            self.lack[row:row_end] += lacks[:, row:row_end].T @ x
+
+        each_part(pool, lacks.shape[1], PANEL, count_lack)
 
     def complete(self) -> None:
         """Mirror the Hessian."""
-        for begin, end in _blocks(len(self.hessian), _PANEL):
+        for begin, end in spans(len(self.hessian), PANEL):
             self.hessian[begin:end, :begin] = self.hessian[:begin, begin:end].T
 
 
 class Factor:
     """H = R R^T of a damped Hessian, R upper triangular; solves with it. Inverts blocks on the diagonal only."""
 
-    def __init__(self, hessian: np.ndarray):
+    def __init__(self, hessian: np.ndarray, pool: Executor | None = None):
         """`hessian` is damped in place, more than `DAMPING` only where rounding needs it."""
         diagonal = np.diagonal(hessian).copy()
         mean = float(diagonal.mean(dtype=np.float64)) or 1.0
@@ -74,7 +80,7 @@ class Factor:
         while True:
             np.fill_diagonal(hessian, diagonal + np.float32(damping * mean))
             try:
-                self.r, self._inverses = _factor(hessian)
+                self.r, self.inverses = _factor(hessian, pool)
                 break
             except np.linalg.LinAlgError:
                 damping *= 4
@@ -83,11 +89,11 @@ class Factor:
     def solve(self, b: np.ndarray) -> None:
         """b H^-1 in place of `b`, float32[rows, in]."""
         r = self.r
-        blocks = list(_blocks(len(r)))
-        for (begin, end), inverse in zip(reversed(blocks), reversed(self._inverses), strict=True):
+        blocks = list(spans(len(r), _BLOCK))
+        for (begin, end), inverse in zip(reversed(blocks), reversed(self.inverses), strict=True):
             b[:, begin:end] -= b[:, end:] @ r[begin:end, end:].T
             b[:, begin:end] = b[:, begin:end] @ inverse.T
-        for (begin, end), inverse in zip(blocks, self._inverses, strict=True):
+        for (begin, end), inverse in zip(blocks, self.inverses, strict=True):
             b[:, begin:end] -= b[:, :begin] @ r[:begin, begin:end]
             b[:, begin:end] = b[:, begin:end] @ inverse
 
@@ -110,48 +116,49 @@ def shift(weights: np.ndarray, lack: np.ndarray, of_output: bool) -> np.ndarray:
     return np.float32(FEEDBACK) * (lack if of_output else weights @ lack)
 
 
-def quantize_matrix(target: np.ndarray, factor: Factor, pool: ThreadPoolExecutor) -> Codes:
+def quantize_matrix(target: np.ndarray, factor: Factor, pool: Executor | None = None) -> Codes:
     """int4 codes and scales for float32[out, in] that keep the output close, over the inputs behind `factor`."""
     rows, k = target.shape
-    groups = list(_blocks(k))
+    groups = list(spans(k, _BLOCK))
     hessian, r = factor.hessian, factor.r
     diagonal = np.diagonal(r)
     importance = np.diagonal(hessian) / np.float32(np.diagonal(hessian).mean(dtype=np.float64))
     codes = np.empty((rows, k), np.uint8)
     scales = np.empty((len(groups), rows), np.uint16)
     errors = np.empty((rows, k), np.float32)
-    for g, (begin, end) in enumerate(groups):
-        here = slice(begin, end)
-        unit = r[here, here] / diagonal[here]
-        adjusted = target[:, here] + (errors[:, :begin] @ r[:begin, here]) / diagonal[here]
 
-        def choose(i: int, j: int, g: int = g, here: slice = here, adjusted=adjusted, unit=unit) -> None:
-            quantize_group(
-                adjusted[i:j], target[i:j, here], unit, importance[here], codes[i:j, here], scales[g, i:j],
-                errors[i:j, here],
-            )  # fmt: skip
-
-        _each_part(pool, rows, choose)
-    for _ in range(REFINEMENTS):
+    def quantize(i: int, j: int) -> None:
+        """Rows are independent of each other."""
+        ours, found = target[i:j], errors[i:j]
         for g, (begin, end) in enumerate(groups):
             here = slice(begin, end)
-            gradient = errors @ hessian[:, here]
-            block = np.ascontiguousarray(hessian[here, here])
+            unit = r[here, here] / diagonal[here]
+            adjusted = ours[:, here] + (found[:, :begin] @ r[:begin, here]) @ factor.inverses[g]
+            quantize_group(
+                adjusted, ours[:, here], unit, importance[here], codes[i:j, here], scales[g, i:j], found[:, here]
+            )
+        for _ in range(REFINEMENTS):
+            for g, (begin, end) in enumerate(groups):
+                here = slice(begin, end)
+                gradient, block = found @ hessian[:, here], np.ascontiguousarray(hessian[here, here])
+                refine_group(gradient, ours[:, here], block, codes[i:j, here], scales[g, i:j], found[:, here])
 
-            def refine(i: int, j: int, g: int = g, here: slice = here, gradient=gradient, block=block) -> None:
-                refine_group(gradient[i:j], block, codes[i:j, here], scales[g, i:j], errors[i:j, here])
-
-            _each_part(pool, rows, refine)
+    each_part(pool, rows, _ROWS_OF_A_JOB, quantize)
     return Codes(codes, np.ascontiguousarray(scales.T).view(np.float16), errors)
 
 
-def _factor(h: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+def _factor(h: np.ndarray, pool: Executor | None) -> tuple[np.ndarray, list[np.ndarray]]:
     """(R, inverses of its diagonal blocks); block columns from the last to the first. LinAlgError: not positive."""
     r = np.zeros_like(h)
     inverses = []
-    for begin, end in reversed(list(_blocks(len(h)))):
+    for begin, end in reversed(list(spans(len(h), _BLOCK))):
         here = slice(begin, end)
-        column = h[:end, here] - r[:end, end:] @ r[here, end:].T
+        column = np.empty((end, end - begin), np.float32)
+
+        def subtract(i: int, j: int, here: slice = here, end: int = end, column: np.ndarray = column) -> None:
+            column[i:j] = h[i:j, here] - r[i:j, end:] @ r[here, end:].T
+
+        each_part(pool, end, PANEL, subtract)
         lower = np.linalg.cholesky(column[begin:][::-1, ::-1].astype(np.float64))  # of the flipped block
         upper = lower[::-1, ::-1]
         inverse = np.linalg.inv(upper)
@@ -160,15 +167,3 @@ def _factor(h: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         r[:begin, here] = column[:begin] @ inverses[-1].T
     inverses.reverse()
     return r, inverses
-
-
-def _blocks(k: int, size: int = _BLOCK) -> Iterator[tuple[int, int]]:
-    for begin in range(0, k, size):
-        yield begin, min(begin + size, k)
-
-
-def _each_part(pool: ThreadPoolExecutor, rows: int, work: Callable[[int, int], None]) -> None:
-    """Run `work(first, last + 1)` over all rows, in parts that do not depend on the number of threads."""
-    parts: Iterable[int] = range(0, rows, _ROWS_OF_A_JOB)
-    for job in [pool.submit(work, i, min(i + _ROWS_OF_A_JOB, rows)) for i in parts]:
-        job.result()

@@ -13,21 +13,20 @@ after the streams that the next one needs. Knows names and bytes, not what the n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
 from edgellama.errors import ConvertError
 from edgellama.format import storage
 
-_STATE = "state.json"
-_LAYER = re.compile(r"layer-(\d{5})\.npz")
+_LOCK, _STATE = "lock", "state.json"
 
 
 class Stream:
@@ -52,12 +51,14 @@ class Stream:
         assert rows.dtype == np.float32 and rows.shape[1:] == (self.width,)
         self._file.seek(4 * self.width * first)
         data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
-        while data:
-            data = data[self._file.write(data[: 1 << 30]) :]
+        with _writing(self.path):
+            while data:
+                data = data[self._file.write(data[: 1 << 30]) :]
 
     def flush(self) -> None:
         """Bring everything to the disk."""
-        storage.fsync(self._file.fileno())
+        with _writing(self.path):
+            storage.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -70,12 +71,14 @@ class Stream:
 
 
 class WorkFolder:
-    """See the module. A context manager that holds the lock; `remove()` when all is done."""
+    """See the module. A context manager that holds the lock; `remove()` when all is done.
+
+    Left with an error, the folder stays if there is something in it to go on with.
+    """
 
     def __init__(self, destination: Path, state: Mapping[str, object]):
         destination = Path(os.path.realpath(destination))
         self.path = destination.with_name(f".{destination.name}.gptq")
-        self.path.mkdir(exist_ok=True)
         self._lock = self._take_lock(destination)
         try:
             text = json.dumps(state, sort_keys=True)
@@ -85,30 +88,36 @@ class WorkFolder:
             for leftover in self.path.glob("*.part"):
                 leftover.unlink()
         except BaseException:
-            self._release()
+            self._leave()
             raise
 
     def _take_lock(self, destination: Path) -> int:
-        path = self.path / "lock"
-        fd = storage.open_existing(path) if path.exists() else storage.create(path)
-        if storage.try_lock(fd) is False:
-            storage.close(fd)
-            raise ConvertError(f"{destination}: another conversion to it is running; wait for it, or name another file")
-        return fd
+        path = self.path / _LOCK
+        while True:
+            with contextlib.suppress(FileExistsError):
+                self.path.mkdir()
+            with contextlib.suppress(FileNotFoundError):  # a conversion has just ended, and taken its folder away
+                with contextlib.suppress(FileExistsError):
+                    storage.close(storage.create(path))
+                fd = storage.open_existing(path)
+                if storage.try_lock(fd) is False:
+                    storage.close(fd)
+                    raise ConvertError(
+                        f"{destination}: another conversion to it is running; wait for it, or name another file"
+                    )
+                if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
+                    return fd
+                storage.close(fd)
 
     def _belongs_to(self, text: str) -> bool:
         path = self.path / _STATE
         return path.exists() and path.read_bytes() == text.encode()
 
     def _empty(self) -> None:
+        (self.path / _STATE).unlink(missing_ok=True)  # first: what is left belongs to nothing
         for entry in self.path.iterdir():
-            if entry.name != "lock":
+            if entry.name != _LOCK:
                 entry.unlink()
-
-    def layers_done(self) -> int:
-        """How many layers, from the first on, have their files."""
-        done = {int(match[1]) for entry in self.path.iterdir() if (match := _LAYER.fullmatch(entry.name))}
-        return next(i for i in range(len(done) + 1) if i not in done)
 
     def stream(self, name: str, width: int) -> Stream:
         return Stream(self.path / name, width)
@@ -118,25 +127,46 @@ class WorkFolder:
         for path in self.path.glob(pattern):
             path.unlink()
 
-    def exists(self, name: str) -> bool:
-        return (self.path / name).exists()
+    def nbytes(self, name: str) -> int | None:
+        """Of a file; None if there is none."""
+        try:
+            return (self.path / name).stat().st_size
+        except FileNotFoundError:
+            return None
 
     def save(self, name: str, data: bytes) -> None:
         """A whole file of bytes."""
-        with open(self.path / f"{name}.part", "wb") as file:
+        with self._whole_file(name) as file:
             file.write(data)
-            file.flush()
-            storage.fsync(file.fileno())
-        os.replace(self.path / f"{name}.part", self.path / name)
 
     def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """A whole .npz file."""
-        with open(self.path / f"{name}.part", "wb") as file:
+        with self._whole_file(name) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            storage.fsync(file.fileno())
-        os.replace(self.path / f"{name}.part", self.path / name)
-        storage.fsync_folder(self.path)
+
+    @contextlib.contextmanager
+    def _whole_file(self, name: str) -> Iterator[BinaryIO]:
+        path = self.path / name
+        part = self.path / f"{name}.part"
+        with _writing(path):
+            try:
+                with open(part, "wb") as file:
+                    yield file
+                    file.flush()
+                    storage.fsync(file.fileno())
+                storage.replace(part, path)
+            except BaseException:
+                storage.quietly(storage.unlink, part)
+                raise
+            storage.fsync_folder(self.path)
+
+    def is_whole(self, name: str, keys: Iterable[str]) -> bool:
+        """Whether there is an .npz file with these arrays and the checksums it should have; reads all of it."""
+        try:
+            with np.load(self.path / name, allow_pickle=False) as arrays:
+                return all(isinstance(arrays[key], np.ndarray) for key in keys)
+        except Exception:  # NumPy and zipfile tell of damage in a dozen ways
+            return False
 
     def load_array(self, name: str, key: str) -> np.ndarray:
         """One array of an .npz file; the others are not read."""
@@ -144,9 +174,19 @@ class WorkFolder:
             return arrays[key]
 
     def remove(self) -> None:
-        """All of it, the conversion being done."""
+        """All of it, the conversion being done. What cannot be removed stays: the result is there."""
+        with contextlib.suppress(OSError):
+            self._empty()
+            if storage.WINDOWS:  # an open file cannot be removed
+                self._release()
+            storage.unlink(self.path / _LOCK)  # last, held until now: nobody else has begun here meanwhile
+            self.path.rmdir()
         self._release()
-        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _leave(self) -> None:
+        if self._lock >= 0 and not any(self.path.glob("*.npz")):
+            self.remove()
+        self._release()
 
     def _release(self) -> None:
         fd, self._lock = self._lock, -1
@@ -159,4 +199,15 @@ class WorkFolder:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._release()
+        self._leave()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """An OSError, of a full disk say, becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ConvertError(
+            f"{path}: cannot be written: {error.strerror or error}; the same command goes on where this one ended"
+        ) from None

@@ -2,9 +2,10 @@
 
 Under the user's cache folder (`EDGELLAMA_HOME` moves it), in a folder named after a hash of the kernels' sources, of
 the versions of Python, Numba and LLVM, and of the target: Numba's own index notices a change in the file of a kernel,
-but not in a helper that was compiled into it. A damaged entry is compiled and written anew; a folder that belongs to
-someone else, or that others may write to, is not used, because cached code is code. Numba's bookkeeping is
-reused (`numba.core.caching`); only what it lets through is changed here.
+but not in a helper that was compiled into it. Another package's kernels have a folder in there, named after its own
+sources. A damaged entry is compiled and written anew; a folder that belongs to someone else, or that others may write
+to, is not used, because cached code is code. Numba's bookkeeping is reused (`numba.core.caching`); only what it lets
+through is changed here.
 """
 
 from __future__ import annotations
@@ -42,11 +43,23 @@ def cache_folder() -> Path:
     return base / "kernels" / state.hexdigest()[:16]
 
 
+@functools.cache
+def _sources_of(package: str) -> str:
+    """A name for the sources of another package, which may be compiled into its kernels."""
+    folders = getattr(sys.modules.get(package), "__path__", None)
+    if folders is None or package == __name__.split(".", 1)[0]:
+        return ""
+    state = hashlib.sha256()
+    for source in sorted(source for folder in folders for source in Path(folder).rglob("*.py")):
+        state.update(source.read_bytes())
+    return f"{package}-{state.hexdigest()[:16]}"
+
+
 def new_cache(function: Callable) -> Any:
     """A cache for one kernel; one that keeps nothing where there is no place (a frozen app without source files, a
     folder that cannot be written or is not ours)."""
     try:
-        folder = cache_folder()
+        folder = cache_folder() / _sources_of(function.__module__.split(".", 1)[0])
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_ours(folder):
             return NullCache()
