@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     )
     from edgellama.generate import AsyncStream, CancelToken, Generation, Stream, Timings, TokenLogprob
     from edgellama.model import Llama, load
+    from edgellama.past import SequenceCache
+    from edgellama.pipelines import pipeline
     from edgellama.scoring import Score
     from edgellama.visualize import Attention, visualize_attention_mask
 
@@ -43,6 +45,8 @@ _HOME = {  # public name -> the module that defines it
     "Timings": "edgellama.generate",
     "TokenLogprob": "edgellama.generate",
     "Score": "edgellama.scoring",
+    "SequenceCache": "edgellama.past",
+    "pipeline": "edgellama.pipelines",
     "Attention": "edgellama.visualize",
     "visualize_attention_mask": "edgellama.visualize",
     "EdgellamaError": "edgellama.errors",
@@ -73,12 +77,14 @@ __all__ = [
     "Generation",
     "Llama",
     "Score",
+    "SequenceCache",
     "Stream",
     "Timings",
     "TokenLogprob",
     "TokenizerError",
     "__version__",
     "load",
+    "pipeline",
     "visualize_attention_mask",
 ]
 

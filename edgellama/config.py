@@ -17,11 +17,14 @@ from edgellama.config_reader import ConfigKeys, show
 from edgellama.errors import ConfigError
 
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")  # the second is its first spelling, of early 2023
+CLASSIFIER = "LlamaForSequenceClassification"
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 MAX_SIZE = 2**24  # of any width; also of heads * head_dim
 MAX_LAYERS = 4096
 MAX_POSITIONS = 2**30
+MAX_LABELS = 2**16
 # RoPE parameters are kept where every intermediate value stays finite in float32.
 MAX_NUMBER = 1e18
 MIN_POSITIVE = 1e-6
@@ -72,10 +75,36 @@ class LlamaConfig:
     bos_token_id: int | None  # ids may lie outside the vocabulary: published configs have such
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    id2label: tuple[str, ...]
+    """A classifier's labels, by their ids; empty for a model that writes text."""
+    problem_type: str | None
+    """A classifier's: one of `PROBLEM_TYPES`, or None for what the labels of a call suggest."""
     raw: Mapping[str, Any] = field(repr=False, compare=False)
     """config.json as read, verbatim."""
     ignored: Mapping[str, str] = field(repr=False, compare=False)
     """Keys of `raw` that have no effect -> why."""
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether this is a LlamaForSequenceClassification: its output is a score for each label."""
+        return bool(self.id2label)
+
+    @property
+    def architecture(self) -> str:
+        """Hugging Face's name of the model's class."""
+        return CLASSIFIER if self.is_classifier else ARCHITECTURES[0]
+
+    @property
+    def head(self) -> str:
+        """The name, without suffix, of the matrix behind the last norm: the output layer."""
+        if self.is_classifier:
+            return "score"
+        return "model.embed_tokens" if self.tie_word_embeddings else "lm_head"
+
+    @property
+    def n_outputs(self) -> int:
+        """Rows of that matrix: the vocabulary, or a classifier's labels."""
+        return len(self.id2label) or self.vocab_size
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> LlamaConfig:
@@ -86,7 +115,7 @@ class LlamaConfig:
         if not isinstance(raw, Mapping):
             raise ConfigError(f"config.json: must be an object, got {show(raw)}")
         keys = ConfigKeys(raw)
-        _check_architecture(keys)
+        id2label, problem_type = _labels(keys) if _check_architecture(keys) == CLASSIFIER else ((), None)
         hidden_size = keys.integer("hidden_size", 1, MAX_SIZE)
         num_hidden_layers = keys.integer("num_hidden_layers", 1, MAX_LAYERS)
         heads, kv_heads, head_dim = _heads(keys, hidden_size)
@@ -103,13 +132,15 @@ class LlamaConfig:
             hidden_act=keys.choice("hidden_act", ACTIVATIONS, default="silu"),
             max_position_embeddings=max_positions,
             rms_norm_eps=keys.number("rms_norm_eps", 1e-30, 1.0, default=1e-6),
-            tie_word_embeddings=keys.flag("tie_word_embeddings", default=False),
+            tie_word_embeddings=_is_tied(keys, bool(id2label)),
             attention_bias=keys.flag("attention_bias", default=False),
             mlp_bias=keys.flag("mlp_bias", default=False),
             rope=_rope(keys, head_dim, max_positions),
             bos_token_id=keys.token_id("bos_token_id", default=1),
             eos_token_ids=keys.token_ids("eos_token_id", default=2),
             pad_token_id=keys.token_id("pad_token_id", default=None),
+            id2label=id2label,
+            problem_type=problem_type,
             raw=dict(raw),
             ignored=keys.ignored,
         )
@@ -117,19 +148,53 @@ class LlamaConfig:
         return config
 
 
-def _check_architecture(keys: ConfigKeys) -> None:
-    """Only `LlamaForCausalLM`: a config that merely resembles it may mean other arithmetic."""
+def _check_architecture(keys: ConfigKeys) -> str:
+    """`LlamaForCausalLM` or `LlamaForSequenceClassification`: what merely resembles them may mean other arithmetic."""
     model_type, architectures = keys.take("model_type"), keys.take("architectures")
     if model_type is None and not architectures:
         keys.refuse("model_type", "is missing, and so is architectures: this is not a model's config")
     if model_type not in (None, "llama"):
         keys.refuse("model_type", f"{show(model_type)} is not supported (llama is)")
     if not architectures:  # transformers goes by model_type then
-        return
+        return ARCHITECTURES[0]
     if not isinstance(architectures, list) or len(architectures) != 1:
         keys.refuse("architectures", f'must be ["LlamaForCausalLM"], got {show(architectures)}')
+    if architectures[0] == CLASSIFIER:
+        return CLASSIFIER
     if architectures[0] not in ARCHITECTURES:
-        keys.refuse("architectures", f"{show(architectures[0])} is not supported (LlamaForCausalLM is)")
+        keys.refuse(
+            "architectures", f"{show(architectures[0])} is not supported (LlamaForCausalLM and {CLASSIFIER} are)"
+        )
+    return ARCHITECTURES[0]
+
+
+def _labels(keys: ConfigKeys) -> tuple[tuple[str, ...], str | None]:
+    """A classifier's labels by their ids, and its problem type. Without `id2label`: LABEL_0, LABEL_1, ... as there."""
+    n = keys.integer("num_labels", 1, MAX_LABELS, default=None)
+    names = keys.take("id2label")
+    keys.take("label2id")  # the same the other way round
+    if names is None:
+        labels = tuple(f"LABEL_{i}" for i in range(2 if n is None else n))
+    else:
+        if not isinstance(names, Mapping) or not 1 <= len(names) <= MAX_LABELS:
+            keys.refuse("id2label", f"must be an object of 1 to {MAX_LABELS} labels, got {show(names)}")
+        if n not in (None, len(names)):
+            keys.refuse("num_labels", f"{n} contradicts id2label, which has {len(names)} labels")
+        labels = tuple(names.get(str(i), "") for i in range(len(names)))
+        for i, label in enumerate(labels):
+            if not isinstance(label, str) or str(i) not in names:
+                keys.refuse("id2label", f"must have a text for each of 0 to {len(names) - 1}; {i} has {show(label)}")
+    problem_type = keys.choice("problem_type", PROBLEM_TYPES, default=None)
+    if problem_type == "single_label_classification" and len(labels) == 1:
+        keys.refuse("problem_type", "single_label_classification needs more than one label")
+    return labels, problem_type
+
+
+def _is_tied(keys: ConfigKeys, is_classifier: bool) -> bool:
+    tied = keys.flag("tie_word_embeddings", default=False)
+    if tied and is_classifier:
+        keys.ignored["tie_word_embeddings"] = "a classifier has no output layer over the vocabulary"
+    return tied and not is_classifier
 
 
 def _heads(keys: ConfigKeys, hidden_size: int) -> tuple[int, int, int]:

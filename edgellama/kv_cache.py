@@ -135,6 +135,13 @@ class KVCache:
         data |= {name: array[:, slot, :, :n] for name, array in zip(SCALE_NAMES, scales, strict=False)}
         return {name: array.copy() for name, array in data.items()}
 
+    def keys(self, layer: int, slot: int, n: int) -> np.ndarray:
+        """float32 [kv_heads, n, head_dim]: the keys of a layer at the first `n` positions of a slot."""
+        stored, _, *scales = self._views()
+        blocks = stored[layer, slot, :, : -(-n // LANES)].swapaxes(-1, -2)  # [head, block, lane, dimension]
+        keys = blocks.reshape(len(blocks), -1, self.config.head_dim)[:, :n].astype(np.float32)
+        return keys * scales[0][layer, slot, :, :n, None] if scales else keys
+
     def write(self, slot: int, data: Mapping[str, np.ndarray]) -> None:
         """Put back what `read` of a cache of this kind, of any length, took out. ValueError for anything else."""
         n = check_slot_arrays(self.config, self.kind, self.n_ctx, data)

@@ -20,6 +20,7 @@ import numpy as np
 from edgellama import chat, devices, openai_shapes
 from edgellama.errors import ConfigError, ContextError, EdgellamaError, TokenizerError
 from edgellama.generate import AsyncStream, CancelToken, GenerateOptions, Generation, Stream
+from edgellama.generate.config import new_tokens, translate
 from edgellama.generate.engine import Batch, Engine
 from edgellama.generate.prompts import Ids, Prompts, check_ids, read_prompts
 from edgellama.generate.replies import make_replies
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from edgellama.backends import Backend
     from edgellama.config import LlamaConfig
     from edgellama.format import ModelFile
+    from edgellama.forward import Hooks
+    from edgellama.outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+    from edgellama.past import SequenceCache
     from edgellama.scoring import Score
     from edgellama.tokenizer import Tokenizer
 
@@ -218,13 +222,108 @@ class Llama:
         """Positions filled: where the next `forward` starts. After a `generate` of several replies that is 0."""
         return 0 if self._cursor is None else self._cursor.n
 
-    def forward(self, input_ids: Ids, logits_to_keep: int = 0, *, cancel: CancelToken | None = None) -> np.ndarray:
-        """Run `input_ids` (ints [T]) after what is in the cache and keep them there.
+    @overload
+    def forward(
+        self, input_ids: Sequence[int], logits_to_keep: int = 0, *, cancel: CancelToken | None = None
+    ) -> np.ndarray: ...
 
-        Returns logits, float32 [T, vocab_size]; of the last `logits_to_keep` positions only, where that is not 0.
-        Raises ContextError when they do not fit, ValueError or TypeError for ids that are none, CancelledError; then
-        the cache is as it was.
+    @overload
+    def forward(
+        self,
+        input_ids: Any = None,
+        logits_to_keep: Any = 0,
+        *,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: "SequenceCache | None" = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: bool | None = None,
+        cache_position: Any = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        hooks: "Hooks | None" = None,
+        cancel: CancelToken | None = None,
+    ) -> Any: ...
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        logits_to_keep: Any = 0,
+        *,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: "SequenceCache | None" = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: bool | None = None,
+        cache_position: Any = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        hooks: "Hooks | None" = None,
+        cancel: CancelToken | None = None,
+    ) -> "np.ndarray | CausalLMOutputWithPast | SequenceClassifierOutputWithPast":
+        """One forward pass, in one of two forms.
+
+        **A list of ids** alone (ints [T]) runs after what is in the model's own cache and stays there (`n_past`,
+        `reset`). Returns logits, float32 [T, vocab_size]; of the last `logits_to_keep` positions only, where that is
+        not 0. After an error the cache is as it was.
+
+        **A batch** (ints [B, T], or a list of ids with any keyword but `cancel`) is what transformers' LlamaForCausalLM
+        takes; returns its CausalLMOutputWithPast in NumPy arrays (`edgellama.outputs`). `n_past` is 0 afterwards.
+        `attention_mask` [B, past + T] of 0 and 1, padding left or right; padding is not computed, its rows are 0.
+        `position_ids` [B, T]: for RoPE; by default the columns, padding included. `inputs_embeds` float32 [B, T,
+        hidden_size] in place of ids. `past_key_values`: what an earlier call returned; it is extended in place
+        (`edgellama.past`: crop, copy, fork, select). `use_cache`: whether to return one; by default where there are no
+        `labels`. A batch needs a slot for each sequence (`load(n_slots=...)`). `logits_to_keep`: the last so many
+        columns, or a list of columns. `labels` int [B, T]: the loss of the next tokens, -100 does not count.
+        `output_hidden_states`, `output_attentions`: on the devices cpu and reference, as are inputs_embeds and
+        `hooks`: a function (layer, states float32 [B, T, hidden_size]), or a dict layer -> function (states), that sees
+        the residual stream after a layer and may change it in place or return another.
+
+        A LlamaForSequenceClassification returns its SequenceClassifierOutputWithPast: logits [B, num_labels] at each
+        sequence's last id that is not `pad_token_id`, and the loss of `labels` after the config's `problem_type`.
+
+        Raises ContextError where it does not fit, ValueError or TypeError for arguments that are wrong, DeviceError for
+        what the device cannot give, CancelledError.
         """
+        given = (attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache, cache_position, hooks)
+        plain = not (output_hidden_states or output_attentions) and all(each is None for each in given)
+        if plain and not _is_batch(input_ids) and not self.config.is_classifier:
+            return self._forward_next(input_ids, logits_to_keep, cancel)
+        from edgellama.batch_call import BatchCall
+        from edgellama.forward import read_columns, read_hooks, read_inputs
+
+        self._check_open()
+        inputs = read_inputs(
+            self.config,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            cache_position,
+            None if past_key_values is None else past_key_values.mask,
+        )
+        if past_key_values is not None and past_key_values.engine is not self._engine:
+            raise ValueError("past_key_values is another model's")
+        call = BatchCall(
+            self.config,
+            inputs,
+            past_key_values,
+            labels,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+            read_hooks(hooks, self.config.num_hidden_layers),
+            lend=lambda: self.lent(cancel),
+            exclusive=self._exclusively,
+            cancel=cancel,
+        )
+        if self.config.is_classifier:
+            return call.classifier()
+        return call.causal_lm(read_columns(logits_to_keep, inputs.kept.shape[1]))
+
+    def _forward_next(self, input_ids: Ids, logits_to_keep: int, cancel: CancelToken | None) -> np.ndarray:
         ids = self._check_ids(input_ids)
         if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int | np.integer) or logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be an integer of at least 0, got {logits_to_keep!r}")
@@ -246,6 +345,15 @@ class Llama:
             slots.release(slot)
             self._cursor = slot
             return logits
+        finally:
+            self._release()
+
+    @contextlib.contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """The model to oneself, its cache left as it is."""
+        self._acquire()
+        try:
+            yield
         finally:
             self._release()
 
@@ -315,15 +423,25 @@ class Llama:
         holds the text to a form. `num_beams`, `length_penalty`, `early_stopping`: beam search.
         `prompt_lookup_num_tokens` or `draft_model`: speculative decoding.
 
+        `generation_config`: a dict or a GenerationConfig of transformers, laid over the model's own; `do_sample`,
+        `max_length`, `stop_strings` and other names of transformers' mean what they do there (`generate.config`).
+
         Everything else is a sampling option (`SamplingParams`): temperature (0 is greedy), top_k, top_p, min_p, seed
         and so on. What is left out or None is the model's own (`defaults`).
         """
         started = time.perf_counter()
-        request = Request.of(options)
-        params = self.defaults.override(**cast(Any, request.sampling))
+        self._check_writes()
+        ours, defaults, lengths = translate(options, self.generation_config, self.defaults)
+        prompts, several = read_prompts(prompt, self._encode, self._check_ids, self.n_ctx)
+        if lengths:
+            found = new_tokens(lengths, max((each.ids.size for each in prompts), default=0))
+            from_config = found.pop("max_new_tokens", None)
+            max_new_tokens = from_config if max_new_tokens is None else max_new_tokens
+            ours = {**found, **ours}
+        request = Request.of(ours)
+        params = defaults.override(**cast(Any, request.sampling))
         if max_new_tokens is None:
             max_new_tokens = self._default_max_new_tokens()
-        prompts, several = read_prompts(prompt, self._encode, self._check_ids, self.n_ctx)
         several = several or request.num_return_sequences > 1
         if stream and (several or request.num_beams > 1):
             raise ValueError("stream=True takes one prompt, one reply to it, and no beams")
@@ -436,6 +554,12 @@ class Llama:
         self._owner = self._stream = None
         self._lock.release()
 
+    def _check_writes(self) -> None:
+        if self.config.is_classifier:
+            raise EdgellamaError(
+                f"this model is a {self.config.architecture}: it labels texts (llm.classify) and cannot write any"
+            )
+
     def _check_open(self) -> None:
         if self._closed:
             raise EdgellamaError("this model is closed; load() it again")
@@ -494,6 +618,7 @@ class Llama:
         """
         from edgellama.scoring import read_choices, score_choices
 
+        self._check_writes()
         read = read_choices(prompt, choices, self._encode, self._check_ids)
         with self.lent(cancel) as engine:
             return score_choices(engine, read, cancel)
@@ -515,6 +640,31 @@ class Llama:
         prompts, _ = read_prompts(texts, self._encode, self._check_ids, sys.maxsize)
         with self.lent(cancel) as engine:
             return embed_texts(engine, [each.ids for each in prompts], pooling, normalize, cancel)
+
+    def classify(
+        self,
+        texts: str | Ids | Prompts,
+        labels: Any = None,
+        *,
+        cancel: CancelToken | None = None,
+    ) -> "SequenceClassifierOutputWithPast":
+        """The scores of a LlamaForSequenceClassification: `.logits` float32 [N, num_labels], and `.loss` of `labels`.
+
+        `texts`: a text or several (or ids), of any lengths, each as if it were alone in the batch. `config.id2label`
+        names the scores; `edgellama.pipeline("text-classification", llm)` makes probabilities of them. `labels`: one
+        for each text, after the config's `problem_type` (`edgellama.losses`). For masks and caches see `forward`.
+        """
+        from edgellama.classification import classify
+        from edgellama.losses import classification_loss
+        from edgellama.outputs import SequenceClassifierOutputWithPast
+
+        if not self.config.is_classifier:
+            raise EdgellamaError(f"this model is a {self.config.architecture}: it has no labels to classify with")
+        prompts, _ = read_prompts(texts, self._encode, self._check_ids, sys.maxsize)
+        with self.lent(cancel) as engine:
+            logits = classify(engine, [each.ids for each in prompts], cancel)
+        loss = None if labels is None else classification_loss(logits, np.asarray(labels), self.config.problem_type)
+        return SequenceClassifierOutputWithPast(loss, logits)
 
     def save_session(self, path: str | os.PathLike[str]) -> None:
         """Write the `n_past` tokens that the last call left in the cache, with their keys and values, to a file.
@@ -560,6 +710,13 @@ class Llama:
     create_completion = __call__ = openai_shapes.create_completion
     create_chat_completion = openai_shapes.create_chat_completion
     create_embedding = openai_shapes.create_embedding
+
+
+def _is_batch(input_ids: object) -> bool:
+    """Whether these are rows of ids, were they of different lengths."""
+    if isinstance(input_ids, list | tuple):
+        return bool(input_ids) and isinstance(input_ids[0], Sequence | np.ndarray) and np.ndim(input_ids[0]) == 1
+    return getattr(input_ids, "ndim", 0) == 2
 
 
 __all__ = ["Llama", "choose_n_ctx", "kv_bytes_per_token", "load"]

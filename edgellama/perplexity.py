@@ -166,6 +166,8 @@ def perplexity(
     >>> with edgellama.load("m.edgellama", n_ctx=512) as llm:
     ...     print(perplexity(llm, Path("book.txt").read_text()).perplexity)
     """
+    if llm.config.is_classifier:
+        raise EdgellamaError("a classifier has no next token to be measured by; perplexity takes a LlamaForCausalLM")
     ids, bos = encode_text(llm.tokenizer, text, llm.config.vocab_size)
     windows = chunks(ids, bos, ctx) if stride is None else strided(ids, bos, ctx, stride)
     windows = windows[:max_windows]

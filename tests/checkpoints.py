@@ -1,7 +1,8 @@
 """Tiny random Llama checkpoints in Hugging Face layout, written with NumPy alone.
 
-Knows: the names and shapes of a `LlamaForCausalLM` state dict, the bytes of a safetensors file, how transformers splits
-one into shards. Does not know edgellama: it is an independent writer that tests read back.
+Knows: the names and shapes of a `LlamaForCausalLM` (or `LlamaForSequenceClassification`) state dict, the bytes of a
+safetensors file, how transformers splits one into shards. Does not know edgellama: it is an independent writer that
+tests read back.
 
 The weights are the same bits for the same arguments on every machine: they come from raw PCG64 words (a stream NumPy
 promises to keep) through integer sums and single IEEE operations, never through a C library's `log` or `exp`. So the
@@ -92,7 +93,10 @@ def state_dict_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
-    if not config.get("tie_word_embeddings", False):
+    if config["architectures"] == ["LlamaForSequenceClassification"]:
+        labels = config.get("id2label") or range(config.get("num_labels", 2))
+        shapes["score.weight"] = (len(labels), hidden)
+    elif not config.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = (vocab, hidden)
     return shapes
 
@@ -108,7 +112,11 @@ def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return (1.0 + 0.1 * noise).astype(np.float32)
     if name.endswith(".bias"):
         return (0.2 * noise).astype(np.float32)
-    if name in {"lm_head.weight", "model.embed_tokens.weight"}:  # unit-RMS hidden states meet these rows
+    if name in {
+        "lm_head.weight",
+        "score.weight",
+        "model.embed_tokens.weight",
+    }:  # unit-RMS hidden states meet these rows
         return (noise * (LOGITS_STD / math.sqrt(shape[1]))).astype(np.float32)
     return (noise * (1.0 / math.sqrt(shape[1]))).astype(np.float32)  # keeps the scale of what it multiplies
 

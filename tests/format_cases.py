@@ -150,6 +150,15 @@ def _no_sections(parts: Parts) -> None:
     parts.sections = []
 
 
+def _classifier(**keys: Any) -> Change:
+    """The file calls itself a classifier, with these keys of its config."""
+
+    def change(parts: Parts) -> None:
+        parts.header["config"] |= {"architectures": ["LlamaForSequenceClassification"], **keys}
+
+    return change
+
+
 class _Delete:
     pass
 
@@ -247,6 +256,18 @@ CHANGES: list[tuple[str, Change, str]] = [
     ("config-kv-heads", _set("config.num_key_value_heads", 3), "header.config.num_key_value_heads"),
     ("config-unknown-key", _set("config.sparse_attention", True), "header.config"),
     ("config-architecture", _set("config.architectures", ["GPT2LMHeadModel"]), "header.config.architectures"),
+    ("classifier-without-score", _classifier(), "header.tensors[0].name"),
+    ("classifier-tied-too", _classifier(tie_word_embeddings=False), "header.tensors[0].name"),
+    ("classifier-labels-list", _classifier(id2label=["a", "b"]), "header.config.id2label"),
+    ("classifier-labels-none", _classifier(id2label={}), "header.config.id2label"),
+    ("classifier-labels-gap", _classifier(id2label={"0": "a", "2": "b"}), "header.config.id2label"),
+    ("classifier-labels-number", _classifier(id2label={"0": "a", "1": 5}), "header.config.id2label"),
+    ("classifier-labels-differ", _classifier(id2label={"0": "a"}, num_labels=2), "header.config.num_labels"),
+    ("classifier-labels-zero", _classifier(num_labels=0), "header.config.num_labels"),
+    ("classifier-labels-huge", _classifier(num_labels=2**62), "header.config.num_labels"),
+    ("classifier-labels-true", _classifier(num_labels=True), "header.config.num_labels"),
+    ("classifier-problem", _classifier(problem_type="guessing"), "header.config.problem_type"),
+    ("classifier-problem-list", _classifier(problem_type=[]), "header.config.problem_type"),
     ("config-more-layers", _set("config.num_hidden_layers", 2), "header.tensors"),
     ("config-4096-layers", _set("config.num_hidden_layers", 4096), "header.tensors"),
     ("config-many-layers", _many_layers, "header.tensors[0]"),

@@ -56,7 +56,7 @@ def test_ids_in_every_usual_form(ids):
         ([3, -1], ValueError, r"input_ids\[1\] is -1"),
         ([30], ValueError, "vocabulary of 30"),
         ([2**40], ValueError, "vocabulary of 30"),
-        ([[1, 2], [3, 4]], ValueError, "one dimension"),
+        ([[[1, 2]]], ValueError, "one dimension"),
         (7, ValueError, "one dimension"),
     ],
 )

@@ -275,6 +275,8 @@ def compare(
         file = stack.enter_context(open_model(model))
         theirs, tokenizer = _open_source(source, stack, revision, offline)
         check_same_model(theirs.config, file.config, str(source), str(model))
+        if file.config.is_classifier:
+            raise ConvertError(f"{model} is a classifier, and compare goes by the next tokens; export --to hf instead")
         vocab_size = file.config.vocab_size
         ours = load_tokenizer(file.files, file.config)
         windows = windows_of(ours, text, vocab_size, ctx)[:max_windows]

@@ -151,7 +151,7 @@ def convert(
                 writer.write(spec.name, work.data(spec))
             work_seconds = time.perf_counter() - work_started
             measured = Receipt(None)
-            if receipt:
+            if receipt and not config.is_classifier:  # it is measured by the next tokens, and a classifier gives none
                 measured = make_receipt(
                     CheckpointWeights(config, checkpoint, plan),
                     StoredWeights.of_writer(writer),
@@ -378,6 +378,8 @@ def _calibration_ids(
         raise ConvertError(f"the source has no tokenizer to read calibration text with: use --calibration {SELF}")
 
     def own_text(sequences: int, length: int) -> np.ndarray:
+        if config.is_classifier:
+            raise ConvertError("a classifier writes no text of its own: use --calibration builtin, or a text file")
         if not folder.is_whole(_OWN_TEXT, ["ids"]):
             draft = folder.path / f"draft{SUFFIX}"
             convert(source, draft, method="search", max_ram=max_ram, n_threads=n_threads, receipt=False)

@@ -55,7 +55,8 @@ def export_hf(
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ExportReport:
-    """Write `model` as a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load.
+    """Write `model` as a folder that `AutoModelForCausalLM.from_pretrained` (of a classifier:
+    `AutoModelForSequenceClassification`) and `AutoTokenizer` load.
 
     dtype: "float32" (exact), "float16" or "bfloat16". `directory` must not exist, or be empty. Raises FormatError for a
     damaged model, ConvertError for everything else; nothing is left behind then.
@@ -66,7 +67,7 @@ def export_hf(
     target = Path(directory)
     _check_target(target)
     with open_model(model) as file:
-        tensors = _tensors(file)
+        tensors, is_classifier = _tensors(file), file.config.is_classifier
         shards = _plan_shards(tensors, DTYPES[dtype][1], max_shard_bytes)
         total = sum(tensor.size for tensor in tensors) * DTYPES[dtype][1]
         free = shutil.disk_usage(target.parent).free
@@ -85,7 +86,8 @@ def export_hf(
             raise ConvertError(f"cannot write {target}: {error.strerror or error}") from None
     weights = sum(tensor.size for tensor in tensors)
     nbytes = sum(entry.stat().st_size for entry in target.iterdir())
-    return ExportReport(target, dtype, len(shards), weights, nbytes, time.perf_counter() - started)
+    auto_class = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+    return ExportReport(target, auto_class, dtype, len(shards), weights, nbytes, time.perf_counter() - started)
 
 
 def _check_target(target: Path) -> None:

@@ -1,6 +1,7 @@
 """The one place that maps Hugging Face tensor names to ours, and decides what to do with every tensor of a source.
 
-Knows: the names of a `LlamaForCausalLM` state dict and of an `.edgellama` file. Does not read data. A tensor of the
+Knows: the names of a `LlamaForCausalLM` (or `LlamaForSequenceClassification`) state dict and of an `.edgellama` file.
+Does not read data. A tensor of the
 source is mapped, ignored for a stated reason, or refused by name; a tensor that the config demands is there with its
 shape, or refused by name.
 """
@@ -20,6 +21,7 @@ from .checkpoint import STORED, SourceTensor
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+SCORE = "score.weight"
 # Buffers that old versions of transformers saved; the config says the same.
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -100,6 +102,10 @@ def refuse_untied() -> ConvertError:
 def _refuse_missing(name: str, tensors: Mapping[str, SourceTensor]) -> NoReturn:
     if name == LM_HEAD:
         hint = 'set "tie_word_embeddings": true in config.json if the embedding is meant to be used'
+    elif name == SCORE:
+        hint = (
+            'a classifier has it; "architectures": ["LlamaForCausalLM"] in config.json is for a model that writes text'
+        )
     elif name.removeprefix("model.") in tensors:
         hint = f"there is {name.removeprefix('model.')}: save the whole LlamaForCausalLM, not only its base model"
     elif name.removesuffix("weight") + "qweight" in tensors:
@@ -118,4 +124,6 @@ def _why_unknown(name: str, config: LlamaConfig) -> str:
         return f" is there, but config.json's {key} is false"
     if ".lora_" in name or name.startswith("base_model."):
         return " belongs to an adapter: merge it into its base model first (peft's merge_and_unload)"
-    return " is not part of a LlamaForCausalLM; refused, since leaving it out could change every result"
+    if name == SCORE:
+        return ' is a classifier\'s: it takes "architectures": ["LlamaForSequenceClassification"] in config.json'
+    return f" is not part of a {config.architecture}; refused, since leaving it out could change every result"

@@ -55,6 +55,7 @@ class ExportReport:
     """An exported folder. Sizes in bytes."""
 
     directory: Path
+    auto_class: str  # of transformers, which loads it
     dtype: str
     shards: int
     weights: int

@@ -109,9 +109,8 @@ class Walk:
 
     def logits(self, columns: Sequence[np.ndarray]) -> Iterator[tuple[int, int, list[np.ndarray]]]:
         """(first, last, a float32 [last - first, R] of each stream): logits of those ids after `columns` of each."""
-        head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         inputs = [stream.norm("model.norm", mine) for stream, mine in zip(self.streams, columns, strict=True)]
-        return self.products(head, inputs)
+        return self.products(self.config.head, inputs)
 
     def _norms(self, name: str) -> list[np.ndarray]:
         return [stream.norm(name) for stream in self.streams]

@@ -139,7 +139,7 @@ def _quantized(packed: np.ndarray, scales: np.ndarray, in_features: int, start: 
 def check_same_model(a: LlamaConfig, b: LlamaConfig, what_a: str, what_b: str) -> None:
     """ConvertError if two configs do not have the same matrices, so that nothing can be compared."""
     keys = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-        head_dim tie_word_embeddings attention_bias mlp_bias"""
+        head_dim tie_word_embeddings attention_bias mlp_bias architecture"""
     for key in keys.split():
         if getattr(a, key) != getattr(b, key):
             raise ConvertError(

@@ -18,6 +18,8 @@ from edgellama.errors import ContextError
 class Backend(Protocol):
     """One loaded model on one device. Calls must not overlap; the caller serializes them.
 
+    Some can be driven layer by layer as well: see `layerwise.Layered`.
+
     Prefill of three tokens for the last one's logits, then one token each of two sequences (lists stand for arrays):
 
     >>> backend.forward(tokens=[1, 15043, 445], positions=[0, 1, 2], slots=[0, 0, 0], rows=[2])
@@ -46,7 +48,8 @@ class Backend(Protocol):
         """Tokens of prompts that one call should have: more gain nothing, and wait longer for `cancel`."""
 
     def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Run a flat batch of tokens; return float32 [R, vocab_size], the logits after the tokens numbered in `rows`.
+        """Run a flat batch of tokens; return float32 [R, vocab_size], the logits after the tokens numbered in `rows`
+        (a classifier has a row of them for its labels: [R, config.n_outputs]).
 
         Token t is `tokens[t]` at `positions[t]` of the sequence in `slots[t]` (all int32 [T]); its keys and values are
         written there, over whatever was there. It attends to every position of its slot up to its own, those written by

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from edgellama import quant, rope
 from edgellama.backends import check_batch, check_slots
+from edgellama.backends.layerwise import Weights, head_weights, rotate
 from edgellama.errors import CancelledError
 from edgellama.kv_cache import check_slot_arrays
 
@@ -50,45 +51,79 @@ class ReferenceBackend:
 
     def forward(self, tokens: ArrayLike, positions: ArrayLike, slots: ArrayLike, rows: ArrayLike) -> np.ndarray:
         """See `Backend.forward`."""
-        h = self.hidden(tokens, positions, slots, rows)  # [R, hidden]
-        return self._linear(h, "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head")
+        return self._logits(self._states(tokens, positions, slots, rows))
 
     def hidden(self, tokens: ArrayLike, positions: ArrayLike, slots: ArrayLike, rows: ArrayLike) -> np.ndarray:
         """See `Backend.hidden`."""
-        config = self.config
+        return self._norm(self._states(tokens, positions, slots, rows))
+
+    def layers(self, places: ArrayLike, slots: ArrayLike, cos: np.ndarray, sin: np.ndarray) -> ReferenceLayerPass:
+        """See `edgellama.backends.layerwise.Layered`."""
+        zeros = np.zeros(np.size(places), np.int32)
+        _, places, slots, _ = check_batch(zeros, places, slots, [], vocab_size=1, backend=self)
+        return ReferenceLayerPass(self, places, slots, cos, sin)
+
+    def _states(self, tokens: ArrayLike, positions: ArrayLike, slots: ArrayLike, rows: ArrayLike) -> np.ndarray:
+        """float32 [R, hidden_size]: the residual stream after the last layer."""
         tokens, positions, slots, rows = check_batch(
-            tokens, positions, slots, rows, vocab_size=config.vocab_size, backend=self
+            tokens, positions, slots, rows, vocab_size=self.config.vocab_size, backend=self
         )
-        cos, sin = self._cos_sin(positions, slots)  # [T, head_dim / 2]
-        x = self._matrix("model.embed_tokens")[tokens]  # [T, hidden]: the residual stream
+        each = ReferenceLayerPass(self, positions, slots, *self._cos_sin(positions, slots))
+        x = each.embed(tokens)
+        for i in range(self.config.num_hidden_layers):
+            x, _ = each.layer(i, x)
+        return x[rows]
 
-        for i in range(config.num_hidden_layers):
-            layer = f"model.layers.{i}"
+    def _embed(self, tokens: np.ndarray) -> np.ndarray:
+        """[T, hidden]: the residual stream, where it begins."""
+        return self._matrix("model.embed_tokens")[tokens]
 
-            # Attention: which earlier positions matter to each token, and what they say.
-            h = self._rms_norm(x, f"{layer}.input_layernorm")
-            q = self._heads(self._linear(h, f"{layer}.self_attn.q_proj"))  # [T, heads, head_dim]
-            k = self._heads(self._linear(h, f"{layer}.self_attn.k_proj"))  # [T, kv_heads, head_dim]
-            v = self._heads(self._linear(h, f"{layer}.self_attn.v_proj"))
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-            self._keys[i, slots, positions] = k
-            self._values[i, slots, positions] = v
-            attended = np.empty_like(q)
-            for slot in np.unique(slots):
-                mine = slots == slot
-                attended[mine] = _attention(q[mine], self._keys[i, slot], self._values[i, slot], positions[mine])
-            x = x + self._linear(attended.reshape(len(x), -1), f"{layer}.self_attn.o_proj")
+    def _layer(
+        self,
+        i: int,
+        x: np.ndarray,
+        positions: np.ndarray,
+        slots: np.ndarray,
+        cos: np.ndarray,
+        sin: np.ndarray,
+        weights: Weights | None = None,
+    ) -> np.ndarray:
+        """Layer `i`: [T, hidden] -> [T, hidden]; `weights` collects those of its attention."""
+        layer = f"model.layers.{i}"
 
-            # MLP: gated, on each token alone.
-            h = self._rms_norm(x, f"{layer}.post_attention_layernorm")
-            gate = ACTIVATIONS[config.hidden_act](self._linear(h, f"{layer}.mlp.gate_proj"))  # [T, intermediate]
-            up = self._linear(h, f"{layer}.mlp.up_proj")
-            x = x + self._linear(gate * up, f"{layer}.mlp.down_proj")
-            if self._cancelled.is_set():
-                self._cancelled.clear()
-                raise CancelledError("the forward pass was cancelled; what was computed before stays in the cache")
+        # Attention: which earlier positions matter to each token, and what they say.
+        h = self._rms_norm(x, f"{layer}.input_layernorm")
+        q = self._heads(self._linear(h, f"{layer}.self_attn.q_proj"))  # [T, heads, head_dim]
+        k = self._heads(self._linear(h, f"{layer}.self_attn.k_proj"))  # [T, kv_heads, head_dim]
+        v = self._heads(self._linear(h, f"{layer}.self_attn.v_proj"))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        self._keys[i, slots, positions] = k
+        self._values[i, slots, positions] = v
+        attended = np.empty_like(q)
+        for slot in np.unique(slots):
+            mine = slots == slot
+            length = 1 + int(positions[mine].max())
+            keys, values = self._keys[i, slot, :length], self._values[i, slot, :length]
+            attended[mine], seen = _attention(q[mine], keys, values, positions[mine])
+            if weights is not None:
+                weights[int(slot)] = seen
+        x = x + self._linear(attended.reshape(len(x), -1), f"{layer}.self_attn.o_proj")
 
-        return self._rms_norm(x[rows], "model.norm")
+        # MLP: gated, on each token alone.
+        h = self._rms_norm(x, f"{layer}.post_attention_layernorm")
+        gate = ACTIVATIONS[self.config.hidden_act](self._linear(h, f"{layer}.mlp.gate_proj"))  # [T, intermediate]
+        up = self._linear(h, f"{layer}.mlp.up_proj")
+        x = x + self._linear(gate * up, f"{layer}.mlp.down_proj")
+        if self._cancelled.is_set():
+            self._cancelled.clear()
+            raise CancelledError("the forward pass was cancelled; what was computed before stays in the cache")
+        return x
+
+    def _norm(self, x: np.ndarray) -> np.ndarray:
+        return self._rms_norm(x, "model.norm")
+
+    def _logits(self, x: np.ndarray) -> np.ndarray:
+        return self._linear(self._norm(x), self.config.head)
 
     def copy_slot(self, source: int, target: int, n: int, start: int = 0) -> None:
         """See `Backend.copy_slot`."""
@@ -148,31 +183,43 @@ def _float32_bytes(model_file: ModelFile) -> int:
     return sum(4 * math.prod(entry.shape) for entry in model_file.tensors.values())
 
 
-def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Turn each pair (x[i], x[i + head_dim/2]) of x [T, heads, head_dim] by its angle; cos, sin [T, head_dim/2]."""
-    a, b = np.split(x, 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+class ReferenceLayerPass:
+    """See `edgellama.backends.layerwise.LayerPass`: T tokens at `positions` of `slots`, turned by `cos` and `sin`."""
+
+    def __init__(
+        self, backend: ReferenceBackend, positions: np.ndarray, slots: np.ndarray, cos: np.ndarray, sin: np.ndarray
+    ):
+        self._backend, self._places = backend, (positions, slots, cos, sin)
+
+    def embed(self, tokens: np.ndarray) -> np.ndarray:
+        return self._backend._embed(tokens)
+
+    def layer(self, i: int, x: np.ndarray, with_weights: bool = False) -> tuple[np.ndarray, Weights]:
+        weights: Weights = {}
+        return self._backend._layer(i, x, *self._places, weights if with_weights else None), weights
+
+    def norm(self, x: np.ndarray) -> np.ndarray:
+        return self._backend._norm(x)
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        return self._backend._logits(x)
 
 
-def _attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """q [T, heads, head_dim] of one slot; keys, values [n_ctx, kv_heads, head_dim] -> [T, heads, head_dim].
+def _attention(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """q [T, heads, head_dim] of one slot; keys, values [n, kv_heads, head_dim] -> [T, heads, head_dim], and the weights
+    [heads, T, n].
 
     Each group of heads / kv_heads query heads shares one head of keys and values.
     """
-    _, heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
-    length = 1 + int(positions.max())
-    hidden = np.arange(length)[None, :] > positions[:, None]  # [T, length]: the future
-    out = np.empty_like(q)
+    n_tokens, heads, _ = q.shape
+    shared = heads // keys.shape[1]
+    out, weights = np.empty_like(q), np.empty((heads, n_tokens, len(keys)), np.float32)
     for head in range(heads):
-        kv_head = head // (heads // kv_heads)
-        scores = q[:, head] @ keys[:length, kv_head].T * np.float32(head_dim**-0.5)  # [T, length]
-        scores[hidden] = -np.inf
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        out[:, head] = weights @ values[:length, kv_head]
-    return out
+        weights[head] = head_weights(q[:, head], keys[:, head // shared], positions)
+        out[:, head] = weights[head] @ values[:, head // shared]
+    return out, weights
 
 
 def silu(x: np.ndarray) -> np.ndarray:

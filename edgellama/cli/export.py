@@ -38,5 +38,5 @@ def run(args: argparse.Namespace) -> int:
         console.say_json(report.to_dict())
     else:
         console.say(f"{directory}")
-        console.note(f"load it with: AutoModelForCausalLM.from_pretrained({str(directory)!r})")
+        console.note(f"load it with: {report.auto_class}.from_pretrained({str(directory)!r})")
     return 0

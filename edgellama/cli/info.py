@@ -44,7 +44,9 @@ def describe(file) -> dict[str, Any]:
     per_token = kv_bytes_per_token(config)
     return {
         "path": str(file.path),
-        "architecture": "LlamaForCausalLM",
+        "architecture": config.architecture,
+        "id2label": {str(i): label for i, label in enumerate(config.id2label)},
+        "problem_type": config.problem_type,
         "parameters": params,
         "size_bytes": file.size,
         "bits_per_weight": round(8 * file.size / params, 3),
@@ -84,6 +86,8 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["key_value_heads"] != facts["attention_heads"]:
         heads += f" ({facts['key_value_heads']} for keys and values)"
     output = f"{facts['lm_head_bits']}-bit" + (", shared with the embedding" if facts["tie_word_embeddings"] else "")
+    if facts["id2label"]:
+        output = "16-bit, a score for each label"
     provenance = facts["provenance"]
     result = [
         ("file", facts["path"]),
@@ -107,6 +111,9 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"({console.size(1024 * facts['kv_bytes_per_token'])} per 1024)",
         ),
     ]
+    if facts["id2label"]:
+        kind = f"; {facts['problem_type']}" if facts["problem_type"] else ""
+        result.append(("labels", f"{len(facts['id2label'])}: {_plain(', '.join(facts['id2label'].values()))}{kind}"))
     result.append(("devices", ", ".join(facts["devices"]) + _cuda_hint(facts["devices"])))
     result += [(key, _plain(value)) for key, value in provenance.items() if value and not isinstance(value, dict)]
     result += _receipt(facts["receipt"] or {})

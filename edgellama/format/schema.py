@@ -57,14 +57,16 @@ def iter_tensors(config: LlamaConfig, lm_head_bits: int) -> Iterator[TensorSpec]
         yield from _matrices(gate_up, 4, config.mlp_bias)
         yield from _matrices([(f"{mlp}.down_proj", (hidden, intermediate))], 4, config.mlp_bias)
     yield TensorSpec("model.norm.weight", "f32", (hidden,))
-    if not config.tie_word_embeddings:
+    if config.is_classifier:
+        yield TensorSpec("score.weight", "f16.r16", (config.n_outputs, hidden))
+    elif not config.tie_word_embeddings:
         yield from _matrices([("lm_head", vocab)], lm_head_bits, bias=False)
 
 
 def tensor_count(config: LlamaConfig, lm_head_bits: int) -> int:
     """`len(model_tensors(...))` without making it: a hostile config can ask for 4096 layers."""
     layer = 2 + 7 * 2 + 4 * config.attention_bias + 3 * config.mlp_bias
-    head = 1 if lm_head_bits == 16 else 2
+    head = 1 if lm_head_bits == 16 or config.is_classifier else 2
     return layer * config.num_hidden_layers + 1 + head + (not config.tie_word_embeddings)
 
 

@@ -9,6 +9,7 @@ shares a pass, every reply is what it would be alone. Does not know text, locks,
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,6 +25,8 @@ CHUNK = 256
 """Tokens of a pass while prompts are computed, where the backend does not say (`pass_tokens`)."""
 SCORED_CHUNK = 32
 """The same where the logits of every position are wanted, which are large."""
+
+_T = TypeVar("_T")
 
 Progress = Callable[[int, int], None]
 
@@ -66,13 +69,17 @@ class Engine:
         cancel: CancelToken | None,
     ) -> np.ndarray:
         arrays = [np.asarray(each, np.int32) for each in batch]
+        return self.run(lambda: method(*arrays), cancel)
+
+    def run(self, work: Callable[[], _T], cancel: CancelToken | None = None) -> _T:
+        """Work of the backend that may be done twice, ended by `cancel`: CancelledError."""
         if cancel is None:
             cancel = CancelToken()
         while True:
             cancel.raise_if_cancelled()
             try:
                 cancel.link(self._abort)
-                return method(*arrays)
+                return work()
             except CancelledError:
                 # If it was not ours, it was meant for a call that had ended just before: it must not hit this one.
                 if cancel.cancelled:

@@ -38,6 +38,16 @@ class GenerateOptions(SamplingOptions, total=False):
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
     cancel: CancelToken | None
     progress: Callable[[int, int], None] | None
+    # transformers' own names: see `config`.
+    generation_config: Any  # a dict or a GenerationConfig
+    do_sample: bool | None
+    max_length: int | None
+    min_length: int | None
+    stop_strings: str | Sequence[str] | None
+    sequence_bias: Any
+    suppress_tokens: Sequence[int] | None
+    cache_implementation: str | None
+    use_cache: bool | None
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,32 @@ promise nothing share prefixes within one call of `generate` only. Knows tokens,
 cache are the backend's.
 """
 
+import weakref
+from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
 from edgellama.backends import Backend
 from edgellama.config import LlamaConfig
+from edgellama.errors import ContextError
 from edgellama.rope import length_class
 
 # A shorter prefix is not worth a copy, or waiting for: it costs less to compute it again.
 MIN_SHARED = 16
+
+
+class Owner(Protocol):
+    """A sequence of a caller's own that lies in `slot`, or in none while others use them all."""
+
+    slot: "Slot | None"
+
+    def save(self) -> None:
+        """The slot is about to be taken away."""
+
+    def restore(self) -> None:
+        """It has a slot again, which holds nothing."""
 
 
 class Slot:
@@ -32,6 +48,8 @@ class Slot:
         self.n = 0
         self.busy = False
         self.last_used = 0
+        self.owner: weakref.ref[Owner] | None = None
+        """Whose the contents are, beside what `n` says; see `SlotTable.hold`."""
         self._tokens = np.zeros(n_ctx, np.int32)
         self._classes = np.zeros(n_ctx, np.int32)
 
@@ -99,8 +117,8 @@ class SlotTable:
             if keeps:
                 source.n = n
                 return self._occupied(source)
-        oldest = min((slot for slot in free if slot is not source), key=lambda slot: (slot.n > 0, slot.last_used))
-        oldest.n = 0
+        oldest = min((slot for slot in free if slot is not source), key=_worth)
+        self._evict(oldest)
         if source is not None and self.copies and n >= MIN_SHARED:
             self._backend.copy_slot(source.index, oldest.index, n)
             oldest.record(source.tokens[:n], source.classes[:n])
@@ -121,10 +139,43 @@ class SlotTable:
     def copy(self, source: Slot, target: Slot, n: int) -> None:
         """Have `target` hold the first `n` positions of `source`, and no more; it keeps what is the same already."""
         tokens, classes = source.tokens[:n], source.classes[:n]
+        if target.owner is not None:
+            self._evict(target)
         n_old = min(target.n, n)
         target.n = common_prefix(tokens, target.tokens, target.classes[:n_old] != classes[:n_old])
         self._backend.copy_slot(source.index, target.index, n, start=target.n)
         target.record(tokens[target.n :], classes[target.n :])
+
+    def hold(self, owners: Sequence[Owner]) -> list[Slot]:
+        """A slot for each of `owners`, which keeps it until somebody else needs the place. No sequence may be running.
+
+        ContextError where they are more than the slots.
+        """
+        if len(owners) > len(self.slots):
+            raise ContextError(
+                f"a batch of {len(owners)} needs as many slots, the cache has {len(self.slots)}; "
+                f"load the model with n_slots={len(owners)}"
+            )
+        held = [owner.slot for owner in owners if owner.slot is not None]
+        for owner in owners:
+            if owner.slot is None:
+                slot = min((each for each in self.slots if each not in held), key=_worth)
+                self._evict(slot)
+                slot.owner, owner.slot = weakref.ref(owner), slot
+                held.append(slot)
+                owner.restore()
+        slots = [owner.slot for owner in owners if owner.slot is not None]
+        for slot in slots:
+            self.release(slot)
+        return slots
+
+    def _evict(self, slot: Slot) -> None:
+        """Nothing of what is in the slot stays there."""
+        owner = None if slot.owner is None else slot.owner()
+        if owner is not None:
+            owner.save()
+            owner.slot = None
+        slot.owner, slot.n = None, 0
 
     def release(self, slot: Slot) -> None:
         """The sequence has ended; the slot remembers it until somebody needs the place."""
@@ -147,3 +198,8 @@ class SlotTable:
     def _occupied(self, slot: Slot) -> Slot:
         slot.busy = True
         return slot
+
+
+def _worth(slot: Slot) -> tuple[bool, bool, int]:
+    """What would be lost with a slot's contents: the least comes first."""
+    return slot.owner is not None and slot.owner() is not None, slot.n > 0, slot.last_used

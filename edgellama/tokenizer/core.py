@@ -62,6 +62,12 @@ class CoreTokenizer:
         with refusing("the text cannot be tokenized"):
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_pair(self, text: str, pair: str) -> list[int]:
+        """The ids of two texts that belong together, with the special tokens that the checkpoint wants around them."""
+        self.encode(text), self.encode(pair)  # which refuse what is no text
+        with refusing("the text cannot be tokenized"):
+            return self._backend.encode(text, pair).ids
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of `ids` (integers of any kind); ids that the tokenizer does not know have none."""
         numbers = [operator.index(index) for index in ids]

@@ -15,7 +15,8 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from edgellama.backends.reference import ReferenceBackend, _rotate
+from edgellama.backends.layerwise import rotate
+from edgellama.backends.reference import ReferenceBackend
 from edgellama.errors import TokenizerError
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 from edgellama.tokenizer.token_bytes import token_bytes_function
@@ -157,7 +158,7 @@ class _Queries(ReferenceBackend):
         """float32 [heads, T, T], of the first T positions of slot 0."""
         config, n = self.config, len(positions)
         cos, sin = self._cos_sin(positions, np.zeros(n, np.int32))
-        q = _rotate(self._heads(self.queries), cos, sin).swapaxes(0, 1)  # [heads, T, head_dim]
+        q = rotate(self._heads(self.queries), cos, sin).swapaxes(0, 1)  # [heads, T, head_dim]
         k = self._keys[layer, 0, :n].swapaxes(0, 1)  # [kv_heads, T, head_dim]
         k = np.repeat(k, config.num_attention_heads // config.num_key_value_heads, axis=0)
         scores = q @ k.swapaxes(1, 2) * np.float32(config.head_dim**-0.5)

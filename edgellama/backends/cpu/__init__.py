@@ -13,6 +13,7 @@ from ...quant import round_up
 from ...rope import cos_sin
 from .. import check_batch, check_slots
 from .jit import prepare
+from .layerwise import CpuLayerPass
 from .plan import BARRIER, CANCEL, Plan
 from .program import forward
 from .sync import LINE
@@ -62,6 +63,7 @@ class CpuBackend:
         self._cache = KVCache(self.config, n_ctx, n_slots, kv_cache)
         parts = activation_parts(self.config.hidden_size, activation_bits)
         self._plan = Plan(model_file, self._cache, self.n_threads, self._chunk, parts)
+        self._layers = self._plan.layers  # those that the program runs
         self._team = Team(self.n_threads)
         self._record = self._plan.record[0]
         self._prepared, self._barriers_before = False, 0
@@ -83,8 +85,8 @@ class CpuBackend:
         """See `Backend.forward`."""
         # Whole row blocks are stored, and whole tiles of tokens where there are several: the last ones need room.
         room = self._plan.tile_tokens if np.size(rows) > 1 else 0
-        logits = self._forward(tokens, positions, slots, rows, round_up(self.config.vocab_size, 16), room)
-        return logits[:, : self.config.vocab_size]
+        logits = self._forward(tokens, positions, slots, rows, round_up(self.config.n_outputs, 16), room)
+        return logits[:, : self.config.n_outputs]
 
     def hidden(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """See `Backend.hidden`."""
@@ -147,7 +149,46 @@ class CpuBackend:
         for slot in np.unique(slots):
             here = np.flatnonzero(slots == slot)
             self._cos[here], self._sin[here] = cos_sin(self.config, positions[here], int(lengths[slot]))
-        self._record["n_tokens"], self._record["n_rows"] = n, len(rows)
+        self._record["n_tokens"] = self._record["n_embedded"] = n
+        self._record["n_rows"] = len(rows)
+
+    def layers(self, places: np.ndarray, slots: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> CpuLayerPass:
+        """See `edgellama.backends.layerwise.Layered`."""
+        tokens = np.zeros(len(places), np.int32)
+        _, places, slots, _ = check_batch(tokens, places, slots, [], vocab_size=1, backend=self)
+        return CpuLayerPass(self, self._plan, self._cache, self._chunk, (places, slots, cos, sin))
+
+    def run_part(
+        self,
+        tokens: np.ndarray,
+        *,
+        embeds: bool = False,
+        places: tuple[np.ndarray, ...] | None = None,
+        layer: int | None = None,
+        rows: np.ndarray | None = None,
+        out: np.ndarray | None = None,
+        hidden: bool = False,
+    ) -> None:
+        """One piece of a pass over a chunk whose residual stream lies in the plan's `x`: for `CpuLayerPass`.
+
+        `embeds`: fill it from `tokens`. `layer`: run that one, at `places` (places, slots, cos, sin of each token).
+        `rows`: store their logits, or their normed states (`hidden`), in `out`.
+        """
+        n, record = len(tokens), self._record
+        self._tokens[:n] = tokens
+        if places is not None:
+            self._positions[:n], self._slots[:n], self._cos[:n], self._sin[:n] = places
+        n_rows = 0 if rows is None else len(rows)
+        self._rows[:n_rows] = rows if rows is not None else ()
+        record["n_tokens"], record["n_embedded"], record["n_rows"] = n, n if embeds else 0, n_rows
+        record["n_layers"], record["hidden_out"] = 0 if layer is None else 1, int(hidden)
+        if layer is not None:
+            self._layers = self._plan.layers[layer : layer + 1]
+        try:
+            self._run(np.empty((1, 16), np.float32) if out is None else out)
+        finally:
+            record["n_layers"], record["hidden_out"] = self.config.num_hidden_layers, 0
+            self._layers = self._plan.layers
 
     def _run(self, out: np.ndarray) -> None:
         self._record["logits"], self._record["logits_stride"] = out.ctypes.data, out.strides[0]
@@ -163,8 +204,7 @@ class CpuBackend:
             raise CancelledError("the forward pass was cancelled; what was computed before stays in the cache")
 
     def _program(self, rank: int) -> bool:
-        plan = self._plan
-        return forward(plan.record, plan.layers, plan.packs, rank)
+        return forward(self._plan.record, self._layers, self._plan.packs, rank)
 
     def _must_join(self) -> bool:
         """After an interrupt: True if nobody has passed a barrier, which takes all. The pass is to end soon."""

@@ -46,7 +46,7 @@ PLAN = _record(
     **_int64s("x x_stride qkv qkv_stride k_column v_column attention attention_stride mlp mlp_stride"),
     **_int64s("scratch scratch_stride normed up lengths queries states split_states pass_scratch control final_norm"),
     **_int64s("piece_tokens few_states splits_done"),
-    **_int64s("n_tokens tokens positions slots n_rows rows cos sin logits logits_stride hidden_out"),
+    **_int64s("n_tokens n_embedded tokens positions slots n_rows rows cos sin logits logits_stride hidden_out"),
     embed=MATRIX,
     head=MATRIX,
     eps=np.float32,
@@ -97,6 +97,12 @@ class Plan:
         self._owned.append(aligned_zeros(max(nbytes, 64)))
         return self._owned[-1].ctypes.data
 
+    def rows(self, name: str) -> np.ndarray:
+        """A work buffer as float32 [tokens, stride]: "x", "qkv", "attention" or "mlp"; a view."""
+        address, stride = int(self.record[0][name]), int(self.record[0][f"{name}_stride"])
+        buffer = next(each for each in self._owned if each.ctypes.data == address)
+        return buffer.view(np.float32).reshape(-1, stride // 4)
+
     def _fill_sizes(self, config: LlamaConfig, cache: KVCache, n_threads: int) -> None:
         p = self.record[0]
         p["hidden_size"], p["intermediate_size"] = config.hidden_size, config.intermediate_size
@@ -145,7 +151,7 @@ class Plan:
         width = round_up(config.hidden_size, 128)
         p = self.record[0]
         p["embed"] = self._matrix("model.embed_tokens", self._parts["head"])
-        p["head"] = p["embed"] if config.tie_word_embeddings else self._matrix("lm_head", self._parts["head"])
+        p["head"] = p["embed"] if config.tie_word_embeddings else self._matrix(config.head, self._parts["head"])
         p["final_norm"] = self._vector("model.norm.weight", width)
         for i, layer in enumerate(self.layers):
             prefix = f"model.layers.{i}"

@@ -30,7 +30,8 @@ def forward(plans, layers, packs, rank):
     one = p.n_tokens == 1
     scratch = p.scratch + rank * p.scratch_stride
     words = p.control + BARRIER * LINE
-    n_rows = p.n_rows  # once rank 0 is back the next call's tables are filled in, and others may still be on the way
+    # Once rank 0 is back the next call's tables are filled in, and others may still be on the way.
+    n_rows, n_layers = p.n_rows, p.n_layers
     # Two sets of counters in turn: one is cleared while the other is in use.
     for_call, work = p.control + COUNTERS * LINE, p.n_threads * LINE
     counter, other = for_call + WORK_PER_CALL * work, for_call + (WORK_PER_CALL + WORK_PER_LAYER) * work
@@ -38,7 +39,7 @@ def forward(plans, layers, packs, rank):
 
     embed_tokens(p, for_call)
     barrier(words, p.n_threads)
-    for i in range(p.n_layers):
+    for i in range(n_layers):
         layer = layers[i]
 
         # Attention: x += o_proj(attention(rope(q), rope(k), v)) with q, k, v from the normalized x.
@@ -102,10 +103,10 @@ def pack_index(p, packs, matrix, n, rank):
 
 @kernel
 def embed_tokens(p, counter):
-    """x = the embedding of each token."""
+    """x = the embedding of each token; of none where the caller has filled x (see `layerwise`)."""
     while True:
         t = fetch_add(counter, 1)
-        if t >= p.n_tokens:
+        if t >= p.n_embedded:
             return
         embed(p.embed, int64(load_i32(p.tokens + 4 * t)), p.hidden_size, p.x + t * p.x_stride)
 

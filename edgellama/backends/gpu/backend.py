@@ -178,7 +178,7 @@ class TorchBackend:
             self._step(tokens, positions, slots, "logits")
             found = self._decoder.logits[: len(tokens)].to("cpu", copy=True).numpy()
             return found if len(rows) == len(tokens) else found[rows]
-        logits = np.empty((len(rows), self.config.vocab_size), np.float32)
+        logits = np.empty((len(rows), self.config.n_outputs), np.float32)
         done = 0
         for hidden in self._chunks(tokens, positions, slots, rows):
             for part in hidden.split(self._chunk):

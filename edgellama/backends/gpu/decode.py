@@ -123,7 +123,7 @@ class Decoder:
         self.tokens, self.positions, self.slots = self.inputs.unbind(0)
         self.choices = zeros(tokens, 5, dtype=torch.float64)
         self.chosen = zeros(tokens, dtype=torch.int32)
-        self.logits = zeros(tokens, config.vocab_size)
+        self.logits = zeros(tokens, config.n_outputs)
         self._residual = zeros(tokens, config.hidden_size)
         # Transposed activations: what pads their inputs stays zero.
         self._normed = zeros(tokens, round_up(config.hidden_size, 128))
@@ -292,7 +292,7 @@ class Decoder:
         matrix = joined.parts[0]
         arguments = (
             _words(matrix), _scales(matrix), self._normed, partials, self._squares, self.logits,
-            joined.groups, joined.n_rows, m, self._blocks, config.hidden_size, config.vocab_size, config.rms_norm_eps,
+            joined.groups, joined.n_rows, m, self._blocks, config.hidden_size, config.n_outputs, config.rms_norm_eps,
         )  # fmt: skip
         constants = {"BITS": matrix.bits, "BLOCKS": _power(self._blocks), "SPLITS": splits}
         constants |= self._tile(joined.groups, matrix.blocks * m)

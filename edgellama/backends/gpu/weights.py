@@ -73,7 +73,7 @@ class Weights:
         size = sum(4 * math.prod(shape) for shape in self._shapes.values())
         self._kept: dict[tuple[str, torch.dtype], torch.Tensor] | None = {} if _keep(device, size) else None
         self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
-        self.head = self.matrix("model.embed_tokens" if file.config.tie_word_embeddings else "lm_head")
+        self.head = self.matrix(file.config.head)
         self.tied = file.config.tie_word_embeddings
 
     def vector(self, name: str) -> torch.Tensor:
