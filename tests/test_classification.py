@@ -26,7 +26,7 @@ IDS = [[5, 9, 2, 60], [33, 120, 7, 250]]
 def make(folder, **keys):
     make_checkpoint(folder / "source", **{**KEYS, **keys})
     (folder / "source" / "tokenizer.json").write_text(byte_tokenizer(), encoding="utf-8")
-    return convert(folder / "source", folder / "m.edgellama").out
+    return convert(folder / "source", folder / "m.edgellama", method="search").out
 
 
 @pytest.fixture(scope="module")
@@ -162,23 +162,23 @@ def test_checkpoints_that_are_neither_are_refused(tmp_path):
     weights = random_weights({**config, **KEYS}, 0)
     write_safetensors(tmp_path / "writer" / "model.safetensors", weights, "float32")
     with pytest.raises(ConvertError, match=r"lm_head.weight is missing"):
-        convert(tmp_path / "writer", tmp_path / "a.edgellama")
+        convert(tmp_path / "writer", tmp_path / "a.edgellama", method="search")
     both = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
     write_safetensors(tmp_path / "writer" / "model.safetensors", both, "float32")
     with pytest.raises(ConvertError, match=r"score\.weight is a classifier's"):
-        convert(tmp_path / "writer", tmp_path / "a.edgellama")
+        convert(tmp_path / "writer", tmp_path / "a.edgellama", method="search")
     config = make_checkpoint(tmp_path / "classifier", **KEYS)
     write_safetensors(tmp_path / "classifier" / "model.safetensors", both, "float32")
     with pytest.raises(ConvertError, match=r"lm_head\.weight is not part of a LlamaForSequenceClassification"):
-        convert(tmp_path / "classifier", tmp_path / "a.edgellama")
+        convert(tmp_path / "classifier", tmp_path / "a.edgellama", method="search")
     del weights["score.weight"]
     write_safetensors(tmp_path / "classifier" / "model.safetensors", weights, "float32")
     with pytest.raises(ConvertError, match=r"score\.weight is missing; a classifier has it"):
-        convert(tmp_path / "classifier", tmp_path / "a.edgellama")
+        convert(tmp_path / "classifier", tmp_path / "a.edgellama", method="search")
     (tmp_path / "classifier" / "config.json").write_text(json.dumps({**config, "id2label": {"0": "a", "1": "b"}}))
     write_safetensors(tmp_path / "classifier" / "model.safetensors", random_weights(config, 0), "float32")
     with pytest.raises(ConvertError, match=r"score.weight: config.json makes its shape \[2, 192\]"):
-        convert(tmp_path / "classifier", tmp_path / "a.edgellama")
+        convert(tmp_path / "classifier", tmp_path / "a.edgellama", method="search")
 
 
 def test_labels_that_the_file_has_no_rows_for_are_refused(path, tmp_path):

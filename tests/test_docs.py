@@ -32,7 +32,7 @@ def blocks(of_transformers: bool) -> list[tuple[int, str]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
-    convert(checkpoint_dir(), folder / "demo.edgellama", receipt=False)
+    convert(checkpoint_dir(), folder / "demo.edgellama", receipt=False, method="search")
     shutil.copytree(checkpoint_dir(), folder / "my-llama")
     shutil.copy(folder / "demo.edgellama", folder / "my-llama.edgellama")
     source = folder / "classifier"
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     (source / "tokenizer.json").write_text(byte_tokenizer(), encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<unk>"}
     (source / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    convert(source, folder / "classifier.edgellama")
+    convert(source, folder / "classifier.edgellama", method="search")
     return folder
 
 

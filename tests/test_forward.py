@@ -282,7 +282,7 @@ def test_a_batch_can_be_cancelled(llm):
 @pytest.mark.parametrize("kv_cache", ["int8", "float16"])
 def test_attentions_of_a_long_prompt_come_in_chunks(tmp_path, kv_cache):
     make_checkpoint(tmp_path / "s", max_position_embeddings=512)
-    convert(tmp_path / "s", tmp_path / "m.edgellama", receipt=False)
+    convert(tmp_path / "s", tmp_path / "m.edgellama", receipt=False, method="search")
     ids = [np.arange(300) * 37 % 277]
     with edgellama.load(tmp_path / "m.edgellama", device="reference", n_ctx=512, n_slots=1) as exact:
         want = exact.forward(ids, output_attentions=True).attentions

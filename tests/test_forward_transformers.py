@@ -37,7 +37,7 @@ def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("causal")
     rope = {"rope_scaling": ROPE[request.param]} if ROPE[request.param] else {}
     make_checkpoint(folder / "source", max_position_embeddings=5 if request.param == "dynamic" else 64, **rope)
-    convert(folder / "source", folder / "m.edgellama", receipt=False)
+    convert(folder / "source", folder / "m.edgellama", receipt=False, method="search")
     export_hf(folder / "m.edgellama", folder / "hf")
     theirs = LlamaForCausalLM.from_pretrained(folder / "hf", attn_implementation="eager").eval()
     with edgellama.load(folder / "m.edgellama", device="reference", n_ctx=64, n_slots=4) as llm, torch.no_grad():
@@ -145,7 +145,7 @@ def classifier(folder, **keys):
 
     make_checkpoint(folder / "source", architectures=["LlamaForSequenceClassification"], **keys)
     (folder / "source" / "tokenizer.json").write_text(byte_tokenizer(), encoding="utf-8")
-    convert(folder / "source", folder / "m.edgellama")
+    convert(folder / "source", folder / "m.edgellama", method="search")
     export_hf(folder / "m.edgellama", folder / "hf")
     model, info = AutoModelForSequenceClassification.from_pretrained(
         folder / "hf", attn_implementation="eager", output_loading_info=True
@@ -178,7 +178,7 @@ def test_classifiers(tmp_path, name):
 
 def test_a_classifier_on_torchs_backend(tmp_path):
     make_checkpoint(tmp_path / "source", architectures=["LlamaForSequenceClassification"], num_labels=3, pad_token_id=0)
-    convert(tmp_path / "source", tmp_path / "m.edgellama")
+    convert(tmp_path / "source", tmp_path / "m.edgellama", method="search")
     scores = []
     for device in ("reference", "torch-cpu"):
         with edgellama.load(tmp_path / "m.edgellama", device=device, n_ctx=32, n_slots=4) as llm:
@@ -242,7 +242,7 @@ def test_the_generation_pipeline(tmp_path):
 
     from edgellama.demo import checkpoint_dir
 
-    convert(checkpoint_dir(), tmp_path / "demo.edgellama", receipt=False)
+    convert(checkpoint_dir(), tmp_path / "demo.edgellama", receipt=False, method="search")
     export_hf(tmp_path / "demo.edgellama", tmp_path / "hf")
     theirs = pipeline(
         "text-generation",

@@ -63,7 +63,7 @@ def chatty(tmp_path_factory):
     make_checkpoint(folder / "source")
     (folder / "source" / "tokenizer.json").write_text(byte_tokenizer(), encoding="utf-8")
     (folder / "source" / "tokenizer_config.json").write_text(TEMPLATE)
-    convert(folder / "source", folder / "m.edgellama", receipt=False)
+    convert(folder / "source", folder / "m.edgellama", receipt=False, method="search")
     return folder / "m.edgellama"
 
 
@@ -88,7 +88,7 @@ def classifier(tmp_path_factory):
     keys = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}
     make_checkpoint(folder / "source", **keys)
     (folder / "source" / "tokenizer.json").write_text(byte_tokenizer(), encoding="utf-8")
-    convert(folder / "source", folder / "m.edgellama")
+    convert(folder / "source", folder / "m.edgellama", method="search")
     with edgellama.pipeline("text-classification", folder / "m.edgellama", device="reference", n_ctx=64) as pipe:
         yield pipe
 
