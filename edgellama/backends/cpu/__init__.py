@@ -22,18 +22,13 @@ from .threads import default_threads
 PREFILL_CHUNK = 256
 """Tokens that go through the layers together; bounds the work buffers."""
 MAX_THREADS = 256
-FINE_BELOW = 1024
-"""Models narrower than this get 15-bit activations (two parts of 8 bits): they feel 8 bits, and are fast with 15."""
-FINE_GATE_BELOW = 576
-"""From this width on gate and up, half of all multiplications and the least sensitive, get 8 bits all the same."""
+CEILINGS = {"q": 4.0, "o": 4.0, "gate": 4.0, "down": 6.0, "head": 3.0}
+"""From how many times the mean size of a row on its values are outliers; see `vector_ops.pack_row`."""
 
 
-def activation_parts(hidden_size: int, activation_bits: int | None = None) -> dict[str, int]:
-    """Parts (1: 8 bits, 2: 15 bits) of the activations that go into each matrix; `activation_bits` for all of them."""
-    if activation_bits is not None:
-        return dict.fromkeys(("q", "o", "gate", "down", "head"), {8: 1, 15: 2}[activation_bits])
-    fine = 2 if hidden_size < FINE_BELOW else 1
-    return {"q": fine, "o": fine, "gate": 2 if hidden_size < FINE_GATE_BELOW else 1, "down": fine, "head": fine}
+def ceilings(hidden_size: int, ceiling: float | None = None) -> dict[str, float]:
+    """CEILINGS for a model; `ceiling` for all matrices."""
+    return CEILINGS if ceiling is None else dict.fromkeys(CEILINGS, ceiling)
 
 
 class CpuBackend:
@@ -53,15 +48,15 @@ class CpuBackend:
         n_slots: int = 1,
         n_threads: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
-        activation_bits: int | None = None,
+        ceiling: float | None = None,
         kv_cache: str = "float16",
     ):
         self.config, self.n_ctx, self.n_slots = model_file.config, n_ctx, n_slots
         self.n_threads = min(n_threads or default_threads(), MAX_THREADS)
         self._chunk = min(prefill_chunk, n_ctx * n_slots)
         self._cache = KVCache(self.config, n_ctx, n_slots, kv_cache)
-        parts = activation_parts(self.config.hidden_size, activation_bits)
-        self._plan = Plan(model_file, self._cache, self.n_threads, self._chunk, parts)
+        limits = ceilings(self.config.hidden_size, ceiling)
+        self._plan = Plan(model_file, self._cache, self.n_threads, self._chunk, limits)
         self._team = Team(self.n_threads)
         self._record = self._plan.record[0]
         self._prepared, self._barriers_before = False, 0

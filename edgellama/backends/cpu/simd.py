@@ -178,6 +178,14 @@ def emit_broadcast_i32(builder, address):
     return emit_splat(builder, emit_load(builder, address, I32, 4))
 
 
+def emit_nibble(builder, packed, odd):
+    """i8x64 of packed nibbles -> the high ones if `odd` (int64) is 1, the low ones if it is 0."""
+    wide = ir.VectorType(I16, 32)
+    by = emit_splat(builder, builder.trunc(builder.shl(odd, I64(2)), I16), 32)
+    nibble = builder.bitcast(builder.lshr(builder.bitcast(packed, wide), by), V_I8)
+    return builder.and_(nibble, ir.Constant(V_I8, [15] * 64))
+
+
 def emit_nibbles(builder, packed):
     """i8x64 of packed nibbles -> (low, high) as i8x64 of values 0..15."""
     mask = ir.Constant(V_I8, [15] * 64)
@@ -496,18 +504,19 @@ def zero_i32(b):
 
 
 LOW_BITS = 7
-"""Bits of the low part of a 15-bit code."""
+"""Bits of the low part of a code that does not fit into 8 bits."""
 
 
 @vector_intrinsic(i32x16, i32x16)
 def vhigh_part(b, q):
-    """q / 128 to nearest: the high part of a 15-bit code."""
-    return b.ashr(b.add(q, ir.Constant(V_I32, [1 << (LOW_BITS - 1)] * 16)), ir.Constant(V_I32, [LOW_BITS] * 16))
+    """q / 128 towards zero: the high part of a code, 0 where it fits into 8 bits."""
+    below = b.and_(b.ashr(q, ir.Constant(V_I32, [31] * 16)), ir.Constant(V_I32, [(1 << LOW_BITS) - 1] * 16))
+    return b.ashr(b.add(q, below), ir.Constant(V_I32, [LOW_BITS] * 16))
 
 
 @vector_intrinsic(i32x16, i32x16, i32x16)
 def vlow_part(b, q, high):
-    """q - 128 * high: -64..63."""
+    """q - 128 * high: -127..127."""
     return b.sub(q, b.shl(high, ir.Constant(V_I32, [LOW_BITS] * 16)))
 
 
