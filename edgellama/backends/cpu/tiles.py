@@ -137,27 +137,30 @@ def _integers(bits: int, tokens: int):
     dot = emit_dot4 if bits == 4 else emit_dot4_int8
     chains = max(1, CHAINS // tokens)
 
-    # Sums of high parts share the registers of those of low parts, where the weights are in cache and tokens many; else
-    # they follow these, for a stream from memory must not be read here and there (24 instead of 33 GB/s a core).
-    high_first = tokens == SIZES[-1]
-
-    def high_parts(b, group_weights, group_highs, mask, sums):
-        """sums[token] = 128 * what the high parts of a group give."""
+    def high_words(b, group_weights, group_highs, mask, sums):
+        """sums[token] = 128 * what the high parts of a group give, word by word."""
 
         def word(i):
-            """A word of the group: 4 inputs."""
             line = emit_load(b, emit_offset(b, group_weights, (b.lshr(i, I64(1 if bits == 4 else 0)), 64)), V_I8, 64)
             w = emit_nibble(b, line, b.and_(i, I64(1))) if bits == 4 else line
             for t, cell in enumerate(sums):
                 x = emit_broadcast_i32(b, emit_offset(b, group_highs, (i, 4 * tokens), 4 * t))
                 b.store(dot(b, b.load(cell), w, b.bitcast(x, V_I8)), cell)
 
-        for cell in sums:
-            b.store(ir.Constant(V_I32, [0] * 16), cell)
         with b.if_then(b.icmp_signed("!=", mask, I64(0)), likely=False):
             _emit_bits_of(b, mask, word)
             for cell in sums:
                 b.store(b.shl(b.load(cell), ir.Constant(V_I32, [LOW_BITS] * 16)), cell)
+
+    def high_step(b, step, words, group_highs, mask, cells):
+        """cells += what the high parts of one token in a step give, if there are any."""
+        n = len(words)
+        here = b.and_(b.lshr(mask, b.mul(step, I64(n))), I64((1 << n) - 1))
+        with b.if_then(b.icmp_signed("!=", here, I64(0)), likely=False):
+            for i, w in enumerate(words):
+                x = emit_broadcast_i32(b, emit_offset(b, group_highs, (step, STEP), 4 * i))
+                cell = cells[i % chains]
+                b.store(dot(b, b.load(cell), w, b.bitcast(x, V_I8)), cell)
 
     def tile(b, weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks,
              tiles):  # fmt: skip
@@ -167,21 +170,21 @@ def _integers(bits: int, tokens: int):
             x_group, first_group = b.mul(index, groups), b.mul(block, groups)
             total = _cells(b, V_F32, tokens)
             sums = [_cells(b, V_I32, chains) for _ in range(tokens)]
-            high_sums = [chain[0] for chain in sums] if high_first else _cells(b, V_I32, tokens)
+            high_sums = _cells(b, V_I32, chains) if tokens == 1 else [chain[0] for chain in sums]
             with cgutils.for_range(b, groups) as group_loop:
                 g = group_loop.index
                 x_at, w_at = b.add(x_group, g), b.add(first_group, g)
                 group_weights = emit_offset(b, weights, (w_at, group_bytes))
+                for cell in [*(cell for chain in sums for cell in chain), *high_sums]:
+                    b.store(ir.Constant(V_I32, [0] * 16), cell)
                 mask = emit_load(b, emit_offset(b, masks, (x_at, 8)), I64, 8)
                 group_highs = emit_offset(b, highs, (x_at, 128 * tokens))
-                if high_first:
-                    high_parts(b, group_weights, group_highs, mask, high_sums)
+                if tokens > 1:
+                    high_words(b, group_weights, group_highs, mask, high_sums)
                 for t, chain in enumerate(sums):
                     of_codes = emit_load(b, emit_offset(b, x_sums, (x_at, 4 * tokens), 4 * t), I32, 4)
                     start = emit_splat(b, b.mul(of_codes, I32(zero)))
-                    b.store(b.add(b.load(chain[0]), start) if high_first else start, chain[0])
-                    for cell in chain[1:]:
-                        b.store(ir.Constant(V_I32, [0] * 16), cell)
+                    b.store(b.add(b.load(chain[0]), start), chain[0])
                 group_codes = emit_offset(b, codes, (x_at, 128 * tokens))
                 steps = I64(128 // STEP)
                 if tokens == SIZES[-1]:
@@ -189,24 +192,30 @@ def _integers(bits: int, tokens: int):
                     steps = b.select(b.icmp_signed("<", left, steps), left, steps)
                 with cgutils.for_range(b, steps) as loop:
                     step_codes = emit_offset(b, group_codes, (loop.index, STEP * tokens))
+                    step_words = []
                     for n in range(lines):
                         at = emit_offset(b, group_weights, (loop.index, 64 * lines), 64 * n)
                         if tokens == SIZES[1]:
                             emit_prefetch(b, emit_offset(b, at, AHEAD))
                         line = emit_load(b, at, V_I8, 64)
                         words = emit_nibbles(b, line) if bits == 4 else (line,)
-                        for i, w in enumerate(words, n * len(words)):
+                        for i, w in enumerate(words, len(step_words)):
                             for t in range(tokens):
                                 x = emit_broadcast_i32(b, emit_offset(b, step_codes, 4 * (tokens * i + t)))
                                 cell = sums[t][i % chains]
                                 b.store(dot(b, b.load(cell), w, b.bitcast(x, V_I8)), cell)
-                if not high_first:
-                    high_parts(b, group_weights, group_highs, mask, high_sums)
+                        step_words += words
+                    if tokens == 1:
+                        high_step(b, loop.index, step_words, group_highs, mask, high_sums)
                 scale = emit_load_f16(b, emit_offset(b, scales, (w_at, 32)))
                 for t in range(tokens):
                     x_scale = emit_broadcast_f32(b, emit_offset(b, x_scales, (x_at, 4 * tokens), 4 * t))
-                    exact = _emit_total(b, sums[t] if high_first else [*sums[t], high_sums[t]])
-                    b.store(emit_fma(b, b.sitofp(exact, V_F32), b.fmul(scale, x_scale), b.load(total[t])), total[t])
+                    exact = _emit_total(b, sums[t])
+                    if tokens == 1:
+                        high = b.shl(_emit_total(b, high_sums), ir.Constant(V_I32, [LOW_BITS] * 16))
+                        exact = b.add(exact, high)
+                    value = emit_fma(b, b.sitofp(exact, V_F32), b.fmul(scale, x_scale), b.load(total[t]))
+                    b.store(value, total[t])
             to = emit_offset(b, out, b.mul(b.mul(index, I64(tokens)), out_stride))
             _emit_epilogue(b, total, bias, to, out_stride, add, block)
 

@@ -146,22 +146,17 @@ def pack_row(x, groups, ceiling, pack, index, t, scratch):
 @kernel
 def add_outliers(high, pack, group, t):
     """The high parts of token `t` in a group (counted over all tiles), int8 [128] at `high`, to a pack."""
-    tile = pack.tile
+    tile, whole = pack.tile, pack.by_token != 0 or pack.tile == 1
     mask, highs = load_i64(pack.masks + 8 * group), pack.highs + group * tile * 128
-    if pack.by_token != 0:  # whole groups are multiplied
-        if mask == 0:
-            clear(highs, tile * 128)
-        for i in range(0, 128, 4):
-            store_i32(highs + t * 128 + i, load_i32(high + i))
-        store_i64(pack.masks + 8 * group, 1)
-        return
+    if whole and mask == 0:
+        clear(highs, tile * 128)
     for word in range(32):
         codes = load_i32(high + 4 * word)
         if codes != 0:
-            if mask >> word & 1 == 0:
+            if not whole and mask >> word & 1 == 0:
                 clear(highs + word * tile * 4, tile * 4)
-                mask |= int64(1) << word
-            store_i32(highs + (word * tile + t) * 4, codes)
+            mask |= int64(1) << word
+            store_i32(highs + 4 * (t * 32 + word if whole else word * tile + t), codes)
     store_i64(pack.masks + 8 * group, mask)
 
 
