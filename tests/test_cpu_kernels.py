@@ -61,13 +61,11 @@ def test_pack_row(way, tile, ceiling, by_token):
         record = pack.view(np.recarray)[0]
         index, t = token // tile, token % tile
         way(vector_ops.pack_row)(address(row), groups, np.float32(ceiling), record, index, t, address(scratch))
+    valid = (masks[:, :, None] >> np.arange(32) & 1)[..., None, None]
     if by_token:  # [tiles][groups][tile][128], and a group's high parts count as a whole
-        codes, highs = (
-            a.reshape(tiles, groups, tile, 32, 4).transpose(0, 1, 3, 2, 4) * (1 if a is codes else (masks != 0)[..., *[None] * 3])
-            for a in (codes, highs)
-        )
-    else:
-        highs = highs * (masks[:, :, None] >> np.arange(32) & 1)[..., None, None]
+        codes, highs = (a.reshape(tiles, groups, tile, 32, 4).transpose(0, 1, 3, 2, 4) for a in (codes, highs))
+        valid = (masks != 0)[..., None, None, None]
+    highs = highs * valid
     q = (codes + 128 * highs.astype(np.int64)).transpose(0, 3, 1, 2, 4).reshape(tile * tiles, groups, 128)
     steps = scales.transpose(0, 2, 1).reshape(-1, groups, 1).astype(np.float64)
     x = rows.reshape(-1, groups, 128)

@@ -22,12 +22,18 @@ from .threads import default_threads
 PREFILL_CHUNK = 256
 """Tokens that go through the layers together; bounds the work buffers."""
 MAX_THREADS = 256
-CEILINGS = {"q": 4.0, "o": 4.0, "gate": 4.0, "down": 6.0, "head": 3.0}
+EXACT_BELOW, NARROW_BELOW = 576, 1024
+"""Widths of models: the narrower, the more they feel activations of 8 bits."""
+CEILINGS = {"q": 6.0, "o": 6.0, "gate": 4.0, "down": 8.0, "head": 3.0}
 """From how many times the mean size of a row on its values are outliers; see `vector_ops.pack_row`."""
 
 
 def ceilings(hidden_size: int, ceiling: float | None = None) -> dict[str, float]:
     """CEILINGS for a model; `ceiling` for all matrices."""
+    if ceiling is None and hidden_size < EXACT_BELOW:
+        ceiling = 0.0
+    elif ceiling is None and hidden_size >= NARROW_BELOW:
+        ceiling = 16.0
     return CEILINGS if ceiling is None else dict.fromkeys(CEILINGS, ceiling)
 
 

@@ -3,8 +3,8 @@
 The file's layout is what the instruction wants as its second operand: four neighbouring inputs of 16 rows in a line,
 once nibbles are bytes. So weights are unpacked into a buffer that stays in the first-level cache, a few groups at a
 time, and all tokens stream past them. Sums of a group are exact integers; they are scaled and added group by group as
-in `tiles`, and every bit is the same. A pack's codes lie token by token: [tiles][groups][16 tokens][128]; high parts, too,
-and they are multiplied as a whole in each group that has outliers.
+in `tiles`, and every bit is the same. A pack's codes lie token by token, [tiles][groups][16 tokens][128], and so do
+high parts, which are multiplied as a whole in each group that has outliers.
 (Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 1, chapter 18.)
 """
 

@@ -34,10 +34,10 @@ PIECES = 8
 
 
 @vector_intrinsic(types.void, *[ADDRESS] * (ARGUMENTS + 1))
-def call_tile(b, address, weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add,
+def call_tile(b, address, weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add,
               blocks, tiles):  # fmt: skip
     """Call a kernel of `tiles` by its address."""
-    emit_native_call(b, address, weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride,
+    emit_native_call(b, address, weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride,
                      add, blocks, tiles)  # fmt: skip
 
 

@@ -49,13 +49,13 @@ SIZES = (1, TARGET.few_columns, amx.TOKENS if TARGET.amx else TARGET.many_column
 BY_TOKEN = (False, False, TARGET.amx)
 """For each size: whether codes lie token by token (see `amx`), instead of word by word."""
 ARGUMENTS = 14
-"""All: (weights, scales, bias or 0, codes or values, highs, masks, x_scales, x_sums, inputs, out, out_stride, add,
+"""All: (weights, scales, bias or 0, codes or values, highs, masks, x_scales, x_sums, inputs, out, stride, add,
 blocks, tiles).
 
-Addresses, but for inputs (in_features up to a multiple of STEP), out_stride (bytes between tokens), add (1: add to what
-is in `out`), blocks (row blocks), tiles (of tokens). What pads the last group of 128 inputs is zero. Many tokens are
-multiplied up to `inputs` only; one or a few with the padding, too, for a stream from memory with gaps is no stream to
-the processor's prefetcher (576 inputs: 12 GB/s a core with gaps, 30 without)."""
+Addresses, but for inputs (in_features up to a multiple of STEP), stride (bytes between tokens in `out`), add (1: add
+to what is in `out`), blocks (row blocks), tiles (of tokens). What pads the last group of 128 inputs is zero. Many
+tokens are multiplied up to `inputs` only; one or a few with the padding, too, for a stream from memory with gaps is no
+stream to the processor's prefetcher (576 inputs: 12 GB/s a core with gaps, 30 without)."""
 STEP = 32
 """Inputs that an inner loop takes at a time."""
 AHEAD = 4096
@@ -88,7 +88,7 @@ def _emit_over(b, tiles, blocks, emit_one):
         emit_one(tile.index, block.index)
 
 
-def _emit_epilogue(b, acc, bias, out, out_stride, add, block) -> None:
+def _emit_epilogue(b, acc, bias, out, stride, add, block) -> None:
     """out[token][row] = acc[token] + bias, or += where `add` is not 0; the rows of `block`."""
     adds, biased = (b.icmp_signed("!=", flag, I64(0)) for flag in (add, bias))
     with b.if_then(biased):
@@ -96,7 +96,7 @@ def _emit_epilogue(b, acc, bias, out, out_stride, add, block) -> None:
         for cell in acc:
             b.store(b.fadd(b.load(cell), extra), cell)
     for t, cell in enumerate(acc):
-        address = emit_offset(b, out, (out_stride, t), (block, 64))
+        address = emit_offset(b, out, (stride, t), (block, 64))
         with b.if_then(adds):
             b.store(b.fadd(b.load(cell), emit_load(b, address, V_F32, 4)), cell)
         emit_store(b, b.load(cell), address, 4)
@@ -162,7 +162,7 @@ def _integers(bits: int, tokens: int):
                 cell = cells[i % chains]
                 b.store(dot(b, b.load(cell), w, b.bitcast(x, V_I8)), cell)
 
-    def tile(b, weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks,
+    def tile(b, weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks,
              tiles):  # fmt: skip
         groups = _groups(b, inputs)
 
@@ -216,8 +216,8 @@ def _integers(bits: int, tokens: int):
                         exact = b.add(exact, high)
                     value = emit_fma(b, b.sitofp(exact, V_F32), b.fmul(scale, x_scale), b.load(total[t]))
                     b.store(value, total[t])
-            to = emit_offset(b, out, b.mul(b.mul(index, I64(tokens)), out_stride))
-            _emit_epilogue(b, total, bias, to, out_stride, add, block)
+            to = emit_offset(b, out, b.mul(b.mul(index, I64(tokens)), stride))
+            _emit_epilogue(b, total, bias, to, stride, add, block)
 
         _emit_over(b, tiles, blocks, one_block)
 
@@ -232,7 +232,7 @@ def _f16(tokens: int):
     """
     partial = 4
 
-    def tile(b, weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks,
+    def tile(b, weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks,
              tiles):  # fmt: skip
         groups = _groups(b, inputs)
 
@@ -250,8 +250,8 @@ def _f16(tokens: int):
             for cells in acc:
                 s = [b.load(c) for c in cells]
                 b.store(b.fadd(b.fadd(s[0], s[1]), b.fadd(s[2], s[3])), cells[0])
-            to = emit_offset(b, out, b.mul(b.add(b.mul(index, I64(tokens)), I64(start)), out_stride))
-            _emit_epilogue(b, [cells[0] for cells in acc], bias, to, out_stride, add, block)
+            to = emit_offset(b, out, b.mul(b.add(b.mul(index, I64(tokens)), I64(start)), stride))
+            _emit_epilogue(b, [cells[0] for cells in acc], bias, to, stride, add, block)
 
         def one_block(index, block):
             for start in range(0, tokens, 4):
@@ -293,48 +293,48 @@ _f16_many = _intrinsic("f16_many")
 
 
 @Native
-def int4_one(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
-    _int4_one(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
+def int4_one(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles):
+    _int4_one(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles)
 
 
 @Native
-def int4_few(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
-    _int4_few(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
+def int4_few(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles):
+    _int4_few(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles)
 
 
 @Native
-def int4_many(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
-    _int4_many(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
+def int4_many(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles):
+    _int4_many(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles)
 
 
 @Native
-def int8_one(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
-    _int8_one(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
+def int8_one(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles):
+    _int8_one(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles)
 
 
 @Native
-def int8_few(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
-    _int8_few(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
+def int8_few(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles):
+    _int8_few(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles)
 
 
 @Native
-def int8_many(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
-    _int8_many(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
+def int8_many(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles):
+    _int8_many(weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles)
 
 
 @Native
-def f16_one(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
-    _f16_one(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
+def f16_one(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles):
+    _f16_one(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles)
 
 
 @Native
-def f16_few(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
-    _f16_few(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
+def f16_few(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles):
+    _f16_few(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles)
 
 
 @Native
-def f16_many(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
-    _f16_many(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles)
+def f16_many(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles):
+    _f16_many(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles)
 
 
 KERNELS = {
