@@ -24,7 +24,7 @@ PREFILL_CHUNK = 256
 MAX_THREADS = 256
 EXACT_BELOW, NARROW_BELOW = 576, 1024
 """Widths of models: the narrower, the more they feel activations of 8 bits."""
-CEILINGS = {"q": 6.0, "o": 6.0, "gate": 4.0, "down": 8.0, "head": 3.0}
+CEILINGS = {"q": 6.0, "o": 6.0, "gate": 5.0, "down": 8.0, "head": 3.0}
 """From how many times the mean size of a row on its values are outliers; see `vector_ops.pack_row`."""
 
 
