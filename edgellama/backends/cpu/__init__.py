@@ -22,19 +22,18 @@ from .threads import default_threads
 PREFILL_CHUNK = 256
 """Tokens that go through the layers together; bounds the work buffers."""
 MAX_THREADS = 256
-EXACT_BELOW, NARROW_BELOW = 576, 1024
-"""Widths of models: the narrower, the more they feel activations of 8 bits."""
-CEILINGS = {"q": 6.0, "o": 6.0, "gate": 5.0, "down": 8.0, "head": 3.0}
-"""From how many times the mean size of a row on its values are outliers; see `vector_ops.pack_row`."""
+EXACT_BELOW, WIDE_FROM = 576, 1024
+"""Widths of models: the narrower one is, the more it feels activations of 8 bits."""
+EXACT = {"q": 0.0, "o": 0.0, "gate": 0.0, "down": 0.0, "head": 0.0}
+NARROW = {"q": 6.0, "o": 6.0, "gate": 5.0, "down": 8.0, "head": 3.0}
+WIDE = {"q": 16.0, "o": 16.0, "gate": 16.0, "down": 32.0, "head": 16.0}
+"""From how many times the mean size of a row on a value is an outlier (see `vector_ops.pack_row`): for what goes into q
+(k, v), o, gate (up), down and head. The lower, the finer the other values, and the more is multiplied twice."""
 
 
-def ceilings(hidden_size: int, ceiling: float | None = None) -> dict[str, float]:
-    """CEILINGS for a model; `ceiling` for all matrices."""
-    if ceiling is None and hidden_size < EXACT_BELOW:
-        ceiling = 0.0
-    elif ceiling is None and hidden_size >= NARROW_BELOW:
-        ceiling = 16.0
-    return CEILINGS if ceiling is None else dict.fromkeys(CEILINGS, ceiling)
+def ceilings(hidden_size: int) -> dict[str, float]:
+    """Those of a model by its width."""
+    return EXACT if hidden_size < EXACT_BELOW else NARROW if hidden_size < WIDE_FROM else WIDE
 
 
 class CpuBackend:
@@ -61,7 +60,7 @@ class CpuBackend:
         self.n_threads = min(n_threads or default_threads(), MAX_THREADS)
         self._chunk = min(prefill_chunk, n_ctx * n_slots)
         self._cache = KVCache(self.config, n_ctx, n_slots, kv_cache)
-        limits = ceilings(self.config.hidden_size, ceiling)
+        limits = ceilings(self.config.hidden_size) if ceiling is None else dict.fromkeys(EXACT, ceiling)
         self._plan = Plan(model_file, self._cache, self.n_threads, self._chunk, limits)
         self._team = Team(self.n_threads)
         self._record = self._plan.record[0]

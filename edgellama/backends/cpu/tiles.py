@@ -137,8 +137,8 @@ def _integers(bits: int, tokens: int):
     dot = emit_dot4 if bits == 4 else emit_dot4_int8
     chains = max(1, CHAINS // tokens)
 
-    def high_words(b, group_weights, group_highs, mask, sums):
-        """sums[token] = 128 * what the high parts of a group give, word by word."""
+    def begin(b, starts, group_weights, group_highs, mask, sums):
+        """sums[token] = starts[token] + 128 * what the high parts of a group give, word by word."""
 
         def word(i):
             line = emit_load(b, emit_offset(b, group_weights, (b.lshr(i, I64(1 if bits == 4 else 0)), 64)), V_I8, 64)
@@ -147,10 +147,17 @@ def _integers(bits: int, tokens: int):
                 x = emit_broadcast_i32(b, emit_offset(b, group_highs, (i, 4 * tokens), 4 * t))
                 b.store(dot(b, b.load(cell), w, b.bitcast(x, V_I8)), cell)
 
-        with b.if_then(b.icmp_signed("!=", mask, I64(0)), likely=False):
-            _emit_bits_of(b, mask, word)
-            for cell in sums:
-                b.store(b.shl(b.load(cell), ir.Constant(V_I32, [LOW_BITS] * 16)), cell)
+        with b.if_else(b.icmp_signed("!=", mask, I64(0)), likely=False) as (outliers, none):
+            with outliers:
+                for cell in sums:
+                    b.store(ir.Constant(V_I32, [0] * 16), cell)
+                _emit_bits_of(b, mask, word)
+                for start, cell in zip(starts, sums, strict=True):
+                    high = b.shl(b.load(cell), ir.Constant(V_I32, [LOW_BITS] * 16))
+                    b.store(b.add(high, emit_splat(b, start)), cell)
+            with none:
+                for start, cell in zip(starts, sums, strict=True):
+                    b.store(emit_splat(b, start), cell)
 
     def high_step(b, step, words, group_highs, mask, cells):
         """cells += what the high parts of one token in a step give, if there are any."""
@@ -170,21 +177,23 @@ def _integers(bits: int, tokens: int):
             x_group, first_group = b.mul(index, groups), b.mul(block, groups)
             total = _cells(b, V_F32, tokens)
             sums = [_cells(b, V_I32, chains) for _ in range(tokens)]
-            high_sums = _cells(b, V_I32, chains) if tokens == 1 else [chain[0] for chain in sums]
+            high_sums = _cells(b, V_I32, chains)  # of one token
             with cgutils.for_range(b, groups) as group_loop:
                 g = group_loop.index
                 x_at, w_at = b.add(x_group, g), b.add(first_group, g)
                 group_weights = emit_offset(b, weights, (w_at, group_bytes))
-                for cell in [*(cell for chain in sums for cell in chain), *high_sums]:
-                    b.store(ir.Constant(V_I32, [0] * 16), cell)
                 mask = emit_load(b, emit_offset(b, masks, (x_at, 8)), I64, 8)
                 group_highs = emit_offset(b, highs, (x_at, 128 * tokens))
-                if tokens > 1:
-                    high_words(b, group_weights, group_highs, mask, high_sums)
-                for t, chain in enumerate(sums):
-                    of_codes = emit_load(b, emit_offset(b, x_sums, (x_at, 4 * tokens), 4 * t), I32, 4)
-                    start = emit_splat(b, b.mul(of_codes, I32(zero)))
-                    b.store(b.add(b.load(chain[0]), start), chain[0])
+                starts = [
+                    b.mul(emit_load(b, emit_offset(b, x_sums, (x_at, 4 * tokens), 4 * t), I32, 4), I32(zero))
+                    for t in range(tokens)
+                ]
+                for cell in [*(cell for chain in sums for cell in chain[1:]), *high_sums]:
+                    b.store(ir.Constant(V_I32, [0] * 16), cell)
+                if tokens == 1:
+                    b.store(emit_splat(b, starts[0]), sums[0][0])
+                else:
+                    begin(b, starts, group_weights, group_highs, mask, [chain[0] for chain in sums])
                 group_codes = emit_offset(b, codes, (x_at, 128 * tokens))
                 steps = I64(128 // STEP)
                 if tokens == SIZES[-1]:
