@@ -201,7 +201,7 @@ def _integers(bits: int, tokens: int):
                     steps = b.select(b.icmp_signed("<", left, steps), left, steps)
                 with cgutils.for_range(b, steps) as loop:
                     step_codes = emit_offset(b, group_codes, (loop.index, STEP * tokens))
-                    step_words = []
+                    step_words: list = []
                     for n in range(lines):
                         at = emit_offset(b, group_weights, (loop.index, 64 * lines), 64 * n)
                         if tokens == SIZES[1]:
