@@ -6,8 +6,7 @@ A code is q = 128 * high + low, two int8; high is 0 but for outliers (see `vecto
 
     codes   int8     [tiles][groups][32][tile][4]   low parts; 4 neighbouring inputs of one token together: a word
     masks   int64    [tiles][groups]                bit i: word i of the group has outliers in some token
-    highs   int8     [tiles][groups][32][tile][4]   high parts, of the words that `masks` names; the rest is undefined,
-                                                    but for tiles of one token, where it is zero in these groups
+    highs   int8     [tiles][groups][32][tile][4]   high parts, of the words that `masks` names; the rest is undefined
     scales  float32  [tiles][groups][tile]
     sums    int32    [tiles][groups][tile]          the sum of the codes, for the weights' zero point
     values  float32  [tiles][K][tile]               instead of all these, for 16-bit weights

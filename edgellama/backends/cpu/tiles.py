@@ -137,8 +137,8 @@ def _integers(bits: int, tokens: int):
     dot = emit_dot4 if bits == 4 else emit_dot4_int8
     chains = max(1, CHAINS // tokens)
 
-    def begin(b, starts, group_weights, group_highs, mask, sums):
-        """sums[token] = starts[token] + 128 * what the high parts of a group give, word by word."""
+    def high_parts(b, group_weights, group_highs, words, sums):
+        """sums[token] += what the high parts of some words of a group give; `words`: a mask."""
 
         def word(i):
             line = emit_load(b, emit_offset(b, group_weights, (b.lshr(i, I64(1 if bits == 4 else 0)), 64)), V_I8, 64)
@@ -147,27 +147,21 @@ def _integers(bits: int, tokens: int):
                 x = emit_broadcast_i32(b, emit_offset(b, group_highs, (i, 4 * tokens), 4 * t))
                 b.store(dot(b, b.load(cell), w, b.bitcast(x, V_I8)), cell)
 
+        _emit_bits_of(b, words, word)
+
+    def begin(b, starts, group_weights, group_highs, mask, sums):
+        """sums[token] = starts[token] + 128 * what the high parts of a group give."""
         with b.if_else(b.icmp_signed("!=", mask, I64(0)), likely=False) as (outliers, none):
             with outliers:
                 for cell in sums:
                     b.store(ir.Constant(V_I32, [0] * 16), cell)
-                _emit_bits_of(b, mask, word)
+                high_parts(b, group_weights, group_highs, mask, sums)
                 for start, cell in zip(starts, sums, strict=True):
                     high = b.shl(b.load(cell), ir.Constant(V_I32, [LOW_BITS] * 16))
                     b.store(b.add(high, emit_splat(b, start)), cell)
             with none:
                 for start, cell in zip(starts, sums, strict=True):
                     b.store(emit_splat(b, start), cell)
-
-    def high_step(b, step, words, group_highs, mask, cells):
-        """cells += what the high parts of one token in a step give, if there are any."""
-        n = len(words)
-        here = b.and_(b.lshr(mask, b.mul(step, I64(n))), I64((1 << n) - 1))
-        with b.if_then(b.icmp_signed("!=", here, I64(0)), likely=False):
-            for i, w in enumerate(words):
-                x = emit_broadcast_i32(b, emit_offset(b, group_highs, (step, STEP), 4 * i))
-                cell = cells[i % chains]
-                b.store(dot(b, b.load(cell), w, b.bitcast(x, V_I8)), cell)
 
     def tile(b, weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks,
              tiles):  # fmt: skip
@@ -177,7 +171,7 @@ def _integers(bits: int, tokens: int):
             x_group, first_group = b.mul(index, groups), b.mul(block, groups)
             total = _cells(b, V_F32, tokens)
             sums = [_cells(b, V_I32, chains) for _ in range(tokens)]
-            high_sums = _cells(b, V_I32, chains)  # of one token
+            (high_sum,) = _cells(b, V_I32, 1)  # of one token
             with cgutils.for_range(b, groups) as group_loop:
                 g = group_loop.index
                 x_at, w_at = b.add(x_group, g), b.add(first_group, g)
@@ -188,7 +182,7 @@ def _integers(bits: int, tokens: int):
                     b.mul(emit_load(b, emit_offset(b, x_sums, (x_at, 4 * tokens), 4 * t), I32, 4), I32(zero))
                     for t in range(tokens)
                 ]
-                for cell in [*(cell for chain in sums for cell in chain[1:]), *high_sums]:
+                for cell in [*(cell for chain in sums for cell in chain[1:]), high_sum]:
                     b.store(ir.Constant(V_I32, [0] * 16), cell)
                 if tokens == 1:
                     b.store(emit_splat(b, starts[0]), sums[0][0])
@@ -201,27 +195,29 @@ def _integers(bits: int, tokens: int):
                     steps = b.select(b.icmp_signed("<", left, steps), left, steps)
                 with cgutils.for_range(b, steps) as loop:
                     step_codes = emit_offset(b, group_codes, (loop.index, STEP * tokens))
-                    step_words: list = []
                     for n in range(lines):
                         at = emit_offset(b, group_weights, (loop.index, 64 * lines), 64 * n)
                         if tokens == SIZES[1]:
                             emit_prefetch(b, emit_offset(b, at, AHEAD))
                         line = emit_load(b, at, V_I8, 64)
                         words = emit_nibbles(b, line) if bits == 4 else (line,)
-                        for i, w in enumerate(words, len(step_words)):
+                        for i, w in enumerate(words, n * len(words)):
                             for t in range(tokens):
                                 x = emit_broadcast_i32(b, emit_offset(b, step_codes, 4 * (tokens * i + t)))
                                 cell = sums[t][i % chains]
                                 b.store(dot(b, b.load(cell), w, b.bitcast(x, V_I8)), cell)
-                        step_words += words
                     if tokens == 1:
-                        high_step(b, loop.index, step_words, group_highs, mask, high_sums)
+                        # Now that the lines are there: a stream from memory must not be read here and there.
+                        in_step = b.shl(I64((1 << STEP // 4) - 1), b.mul(loop.index, I64(STEP // 4)))
+                        here = b.and_(mask, in_step)
+                        with b.if_then(b.icmp_signed("!=", here, I64(0)), likely=False):
+                            high_parts(b, group_weights, group_highs, here, [high_sum])
                 scale = emit_load_f16(b, emit_offset(b, scales, (w_at, 32)))
                 for t in range(tokens):
                     x_scale = emit_broadcast_f32(b, emit_offset(b, x_scales, (x_at, 4 * tokens), 4 * t))
                     exact = _emit_total(b, sums[t])
                     if tokens == 1:
-                        high = b.shl(_emit_total(b, high_sums), ir.Constant(V_I32, [LOW_BITS] * 16))
+                        high = b.shl(b.load(high_sum), ir.Constant(V_I32, [LOW_BITS] * 16))
                         exact = b.add(exact, high)
                     value = emit_fma(b, b.sitofp(exact, V_F32), b.fmul(scale, x_scale), b.load(total[t]))
                     b.store(value, total[t])

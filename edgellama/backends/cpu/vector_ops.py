@@ -106,8 +106,8 @@ def pack_row(x, groups, ceiling, pack, index, t, scratch):
     """Quantize a row into token `t` of tile `index`; those of a tile come in order. `scratch`: 256 bytes.
 
     A group's codes are q = rint(x / scale). Its largest value gets 127, unless that is an outlier, over `ceiling` times
-    the mean size of the whole row: then `ceiling` gets 127, the others are as fine as without it, and its own code has
-    up to 15 bits (what is over 128 times the rest takes from their fineness, though). The layout: see `matmul`.
+    the mean size of the whole row: then that limit gets 127 (or what is 128 times smaller than the outlier, if that is
+    more), the others are as fine as without it, and its own code has up to 15 bits. The layout: see `matmul`.
     """
     tile = pack.tile
     limit = ceiling * mean_size(x, groups * 128)
@@ -146,7 +146,7 @@ def pack_row(x, groups, ceiling, pack, index, t, scratch):
 @kernel
 def add_outliers(high, pack, group, t):
     """The high parts of token `t` in a group (counted over all tiles), int8 [128] at `high`, to a pack."""
-    tile, whole = pack.tile, pack.by_token != 0 or pack.tile == 1
+    tile, whole = pack.tile, pack.by_token != 0  # whole groups are multiplied there, else words
     mask, highs = load_i64(pack.masks + 8 * group), pack.highs + group * tile * 128
     if whole and mask == 0:
         clear(highs, tile * 128)
