@@ -149,19 +149,28 @@ def _integers(bits: int, tokens: int):
 
         _emit_bits_of(b, words, word)
 
-    def begin(b, starts, group_weights, group_highs, mask, sums):
-        """sums[token] = starts[token] + 128 * what the high parts of a group give."""
+    def begin(b, group_sums, group_weights, group_highs, mask, sums):
+        """sums[token] = what the weights' zero point takes off + 128 * what the high parts of a group give."""
+
+        def start(t: int):
+            of_codes = emit_load(b, emit_offset(b, group_sums, 4 * t), I32, 4)
+            return emit_splat(b, b.mul(of_codes, I32(zero)))
+
+        if tokens == 1:
+            b.store(start(0), sums[0])
+            return
         with b.if_else(b.icmp_signed("!=", mask, I64(0)), likely=False) as (outliers, none):
             with outliers:
                 for cell in sums:
                     b.store(ir.Constant(V_I32, [0] * 16), cell)
                 high_parts(b, group_weights, group_highs, mask, sums)
-                for start, cell in zip(starts, sums, strict=True):
+                # Each way reads its own: LLVM would keep them in the registers that the loop needs.
+                for t, cell in enumerate(sums):
                     high = b.shl(b.load(cell), ir.Constant(V_I32, [LOW_BITS] * 16))
-                    b.store(b.add(high, emit_splat(b, start)), cell)
+                    b.store(b.add(high, start(t)), cell)
             with none:
-                for start, cell in zip(starts, sums, strict=True):
-                    b.store(emit_splat(b, start), cell)
+                for t, cell in enumerate(sums):
+                    b.store(start(t), cell)
 
     def tile(b, weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks,
              tiles):  # fmt: skip
@@ -178,16 +187,10 @@ def _integers(bits: int, tokens: int):
                 group_weights = emit_offset(b, weights, (w_at, group_bytes))
                 mask = emit_load(b, emit_offset(b, masks, (x_at, 8)), I64, 8)
                 group_highs = emit_offset(b, highs, (x_at, 128 * tokens))
-                starts = [
-                    b.mul(emit_load(b, emit_offset(b, x_sums, (x_at, 4 * tokens), 4 * t), I32, 4), I32(zero))
-                    for t in range(tokens)
-                ]
                 for cell in [*(cell for chain in sums for cell in chain[1:]), high_sum]:
                     b.store(ir.Constant(V_I32, [0] * 16), cell)
-                if tokens == 1:
-                    b.store(emit_splat(b, starts[0]), sums[0][0])
-                else:
-                    begin(b, starts, group_weights, group_highs, mask, [chain[0] for chain in sums])
+                group_sums = emit_offset(b, x_sums, (x_at, 4 * tokens))
+                begin(b, group_sums, group_weights, group_highs, mask, [chain[0] for chain in sums])
                 group_codes = emit_offset(b, codes, (x_at, 128 * tokens))
                 steps = I64(128 // STEP)
                 if tokens == SIZES[-1]:
