@@ -23,7 +23,7 @@ TRIPLE = f"{ARCH}-unknown-linux-gnu"
 
 
 def build() -> ir.Module:
-    """One external function for each kernel: void(int64 x 12)."""
+    """One external function for each kernel: void(int64 x ARGUMENTS)."""
     module = ir.Module("tiles")
     module.triple = TRIPLE
     for name, emitter in EMITTERS.items():

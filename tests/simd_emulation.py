@@ -97,7 +97,7 @@ VOCABULARY = {
     "hmax": lambda v: _fold(v, np.maximum),
     "hsum_i32": lambda v: _fold(v, np.add),
     "round_i32": lambda v: np.rint(v).astype(_i32),
-    "vhigh_part": lambda q: (q + 64) >> 7,
+    "vhigh_part": lambda q: np.sign(q) * (np.abs(q) >> 7),
     "vlow_part": lambda q, high: q - (high << 7),
     "keep_below": lambda v, n: np.where(np.arange(16) < n, v, _f32(-np.inf)),
 }

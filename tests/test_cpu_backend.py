@@ -64,11 +64,11 @@ def run(backend, tokens, start: int = 0, slot: int = 0) -> np.ndarray:
     return backend.forward(tokens, np.arange(start, start + n), np.full(n, slot), np.arange(n))
 
 
-@pytest.mark.parametrize("activation_bits", [8, 15])
+@pytest.mark.parametrize("ceiling", [0.0, 2.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bits_do_not_depend_on_threads_chunks_or_calls(model_file, kind, activation_bits):
+def test_bits_do_not_depend_on_threads_chunks_or_calls(model_file, kind, ceiling):
     file, tokens = model_file(kind), tokens_of(150)
-    expected = run(CpuBackend(file, 256, n_threads=1, activation_bits=activation_bits), tokens)
+    expected = run(CpuBackend(file, 256, n_threads=1, ceiling=ceiling), tokens)
     for n_threads, prefill_chunk, calls in [
         (2, 256, [150]),
         (3, 256, [150]),
@@ -78,7 +78,7 @@ def test_bits_do_not_depend_on_threads_chunks_or_calls(model_file, kind, activat
         (2, 64, [100, 1, 1, 41, 7]),
         (1, 256, [1] * 20 + [130]),
     ]:
-        backend = CpuBackend(file, 256, 1, n_threads, prefill_chunk, activation_bits)
+        backend = CpuBackend(file, 256, 1, n_threads, prefill_chunk, ceiling)
         ends = np.cumsum(calls)
         parts = [run(backend, tokens[end - n : end], end - n) for n, end in zip(calls, ends, strict=True)]
         assert (np.concatenate(parts) == expected).all(), (n_threads, prefill_chunk, calls)
@@ -142,10 +142,10 @@ def test_attention_across_splits_equals_the_oracle(model_file, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_bit_activations_are_close_to_the_oracle(model_file, kind):
-    """What wide models get by default."""
+    """What wide models get by default, less the outliers' further bits."""
     file, tokens = model_file(kind), tokens_of(200)
     expected = run(ReferenceBackend(file, 200), tokens)
-    assert kl_divergence(expected, run(CpuBackend(file, 200, activation_bits=8), tokens)) <= MAX_KL
+    assert kl_divergence(expected, run(CpuBackend(file, 200, ceiling=1e9), tokens)) <= MAX_KL
 
 
 def test_cancel_from_another_thread_stops_and_the_backend_goes_on(model_file):

@@ -88,14 +88,15 @@ def emulated(compiled):
 def test_the_same_bits_under_emulation(emulated, kind):
     command, (few, many) = emulated(kind)
     for index, name in enumerate(NAMES):
-        bits, parts = int(name.split("_")[0].lstrip("intf")), 2 if "fine" in name else 1
-        tile = {"one": 1, "few": few // parts, "many": many // parts}[name.split("_")[-1]]
-        product = Product(bits, (40, 300), tile, parts)
+        weights, size = name.split("_")
+        bits, tile = int(weights.lstrip("intf")), {"one": 1, "few": few, "many": many}[size]
+        product = Product(bits, (40, 300), tile)
         add = np.random.default_rng(1).standard_normal((tile, product.n)).astype(np.float32)
         add[:, 40:] = 0
         pack = product.pack(tile)
         x = pack["values"] if bits == 16 else pack["codes"]
-        arrays = [product.weights, product.packed_scales, product.bias, x, pack["scales"], pack["sums"], add]
+        quantized = [pack[name] for name in ("highs", "masks", "scales", "sums")]
+        arrays = [product.weights, product.packed_scales, product.bias, x, *quantized, add]
         head = [index, 320, add.strides[0], 1, product.n // 16, *(a.nbytes for a in arrays)]
         data = np.array(head, np.int64).tobytes() + b"".join(a.tobytes() for a in arrays)
         ran = subprocess.run(command, input=data, capture_output=True, check=True)

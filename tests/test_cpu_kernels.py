@@ -9,7 +9,7 @@ pytest.importorskip("numba")
 from edgellama import quant
 from edgellama.backends.cpu import vector_ops
 from edgellama.backends.cpu.plan import MATRIX, PACK
-from simd_emulation import interpreted
+from simd_emulation import VOCABULARY, interpreted
 
 WAYS = {"compiled": lambda kernel: kernel, "interpreted": interpreted}
 both_ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -37,32 +37,54 @@ def test_rms_norm(way):
 
 
 @both_ways
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("ceiling", [0.0, 3.0, 1e9])
 @pytest.mark.parametrize("tile", [1, 3])
-def test_pack_row(way, parts, tile):
-    """What is packed, read back through the documented layout, is x within half a step."""
-    groups, tiles = 2, 2
+def test_pack_row(way, tile, ceiling, by_token):
+    """What is packed, read back through the documented layout, is x within half a step of the stated size."""
+    groups, tiles = 3, 2
     rows = floats(tile * tiles * groups * 128).reshape(tile * tiles, -1)
     rows[1] *= 1000
-    rows[0, 128:] = 0
-    codes = np.zeros((tiles, groups, 32, parts, tile, 4), np.int8)
+    rows[0, 128:256] = 0
+    rows[:, 300] *= 30
+    rows[-1, [301, 20]] = -2000, 50
+    codes, highs = (np.full((tiles, groups, 32, tile, 4), 77, np.int8) for _ in range(2))
+    masks = np.full((tiles, groups), -1, np.int64)
     scales = np.zeros((tiles, groups, tile), np.float32)
-    sums = np.zeros((tiles, groups, parts, tile), np.int32)
+    sums = np.zeros((tiles, groups, tile), np.int32)
     pack = np.zeros(1, PACK)
-    pack["tile"], pack["parts"] = tile, parts
-    pack["codes"], pack["scales"], pack["sums"] = address(codes), address(scales), address(sums)
+    pack["tile"], pack["by_token"] = tile, by_token
+    for name, array in {"codes": codes, "highs": highs, "masks": masks, "scales": scales, "sums": sums}.items():
+        pack[name] = address(array)
     scratch = np.zeros(256, np.uint8)
     for token, row in enumerate(rows):
         record = pack.view(np.recarray)[0]
-        way(vector_ops.pack_row)(address(row), groups, record, token // tile, token % tile, address(scratch))
-    by_token = codes.transpose(0, 4, 1, 3, 2, 5).reshape(tile * tiles, groups, parts, 128).astype(np.int64)
-    q = by_token[:, :, 0] if parts == 1 else by_token[:, :, 0] * 128 + by_token[:, :, 1]
-    steps = scales.transpose(0, 2, 1).reshape(-1, groups, 1)
-    error = np.abs(q * steps.astype(np.float64) - rows.reshape(-1, groups, 128))
-    # Half a step, and the rounding of x * (top / absmax) before it is rounded to a whole number.
-    assert (error <= steps * (0.5 + 127 * 128 * 4 * EPS)).all()
-    assert (by_token.sum(axis=3) == sums.transpose(0, 3, 1, 2).reshape(-1, groups, parts)).all()
-    assert np.abs(q).max() == (127 if parts == 1 else 127 * 128)
+        index, t = token // tile, token % tile
+        way(vector_ops.pack_row)(address(row), groups, np.float32(ceiling), record, index, t, address(scratch))
+    valid = (masks[:, :, None] >> np.arange(32) & 1)[..., None, None]
+    if by_token:  # [tiles][groups][tile][128], and a group's high parts count as a whole
+        codes, highs = (a.reshape(tiles, groups, tile, 32, 4).transpose(0, 1, 3, 2, 4) for a in (codes, highs))
+        valid = (masks != 0)[..., None, None, None]
+    highs = highs * valid
+    q = (codes + 128 * highs.astype(np.int64)).transpose(0, 3, 1, 2, 4).reshape(tile * tiles, groups, 128)
+    steps = scales.transpose(0, 2, 1).reshape(-1, groups, 1).astype(np.float64)
+    x = rows.reshape(-1, groups, 128)
+    # Half a step, and the rounding of x * (127 / top) before it is rounded to a whole number.
+    assert (np.abs(q * steps - x) <= steps * (0.5 + 127 * 128 * 4 * EPS)).all()
+    assert (q.sum(axis=2) == sums.transpose(0, 2, 1).reshape(-1, groups)).all()
+    absmax = np.abs(x).max(axis=2, keepdims=True)
+    top = np.clip(ceiling * np.abs(rows.astype(np.float64)).mean(axis=1)[:, None, None], absmax / 128, absmax)
+    np.testing.assert_allclose(steps, top / 127, rtol=1e-5)
+    assert (np.abs(q) > 127).any() == (ceiling < 1e9) and np.abs(q).max() <= 127 * 128
+
+
+def test_parts_of_a_code():
+    """Towards zero: what fits into 8 bits has no high part, and both parts stay within -127..127."""
+    q = np.arange(-127 * 128, 127 * 128 + 1)
+    high = VOCABULARY["vhigh_part"](q)
+    low = VOCABULARY["vlow_part"](q, high)
+    assert (128 * high + low == q).all() and ((high == 0) == (np.abs(q) <= 127)).all()
+    assert np.abs(high).max() == 127 and np.abs(low).max() == 127
 
 
 @both_ways

@@ -23,18 +23,18 @@ from .threads import default_threads
 PREFILL_CHUNK = 256
 """Tokens that go through the layers together; bounds the work buffers."""
 MAX_THREADS = 256
-FINE_BELOW = 1024
-"""Models narrower than this get 15-bit activations (two parts of 8 bits): they feel 8 bits, and are fast with 15."""
-FINE_GATE_BELOW = 576
-"""From this width on gate and up, half of all multiplications and the least sensitive, get 8 bits all the same."""
+EXACT_BELOW, WIDE_FROM = 576, 1024
+"""Widths of models: the narrower one is, the more it feels activations of 8 bits."""
+EXACT = {"q": 0.0, "o": 0.0, "gate": 0.0, "down": 0.0, "head": 0.0}
+NARROW = {"q": 6.0, "o": 6.0, "gate": 5.0, "down": 8.0, "head": 3.0}
+WIDE = {"q": 16.0, "o": 16.0, "gate": 16.0, "down": 32.0, "head": 16.0}
+"""From how many times the mean size of a row on a value is an outlier (see `vector_ops.pack_row`): for what goes into q
+(k, v), o, gate (up), down and head. The lower, the finer the other values, and the more is multiplied twice."""
 
 
-def activation_parts(hidden_size: int, activation_bits: int | None = None) -> dict[str, int]:
-    """Parts (1: 8 bits, 2: 15 bits) of the activations that go into each matrix; `activation_bits` for all of them."""
-    if activation_bits is not None:
-        return dict.fromkeys(("q", "o", "gate", "down", "head"), {8: 1, 15: 2}[activation_bits])
-    fine = 2 if hidden_size < FINE_BELOW else 1
-    return {"q": fine, "o": fine, "gate": 2 if hidden_size < FINE_GATE_BELOW else 1, "down": fine, "head": fine}
+def ceilings(hidden_size: int) -> dict[str, float]:
+    """Those of a model by its width."""
+    return EXACT if hidden_size < EXACT_BELOW else NARROW if hidden_size < WIDE_FROM else WIDE
 
 
 class CpuBackend:
@@ -54,15 +54,15 @@ class CpuBackend:
         n_slots: int = 1,
         n_threads: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
-        activation_bits: int | None = None,
+        ceiling: float | None = None,
         kv_cache: str = "float16",
     ):
         self.config, self.n_ctx, self.n_slots = model_file.config, n_ctx, n_slots
         self.n_threads = min(n_threads or default_threads(), MAX_THREADS)
         self._chunk = min(prefill_chunk, n_ctx * n_slots)
         self._cache = KVCache(self.config, n_ctx, n_slots, kv_cache)
-        parts = activation_parts(self.config.hidden_size, activation_bits)
-        self._plan = Plan(model_file, self._cache, self.n_threads, self._chunk, parts)
+        limits = ceilings(self.config.hidden_size) if ceiling is None else dict.fromkeys(EXACT, ceiling)
+        self._plan = Plan(model_file, self._cache, self.n_threads, self._chunk, limits)
         self._layers = self._plan.layers  # those that the program runs
         self._team = Team(self.n_threads)
         self._record = self._plan.record[0]

@@ -3,7 +3,8 @@
 The file's layout is what the instruction wants as its second operand: four neighbouring inputs of 16 rows in a line,
 once nibbles are bytes. So weights are unpacked into a buffer that stays in the first-level cache, a few groups at a
 time, and all tokens stream past them. Sums of a group are exact integers; they are scaled and added group by group as
-in `tiles`, and every bit is the same. A pack's codes lie token by token: [tiles][groups][parts][16 tokens][128].
+in `tiles`, and every bit is the same. A pack's codes lie token by token, [tiles][groups][16 tokens][128], and so do
+high parts, which are multiplied as a whole in each group that has outliers.
 (Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 1, chapter 18.)
 """
 
@@ -50,24 +51,27 @@ class _Pair(NamedTuple):
     weights: ir.Value  # unpacked: bytes [GROUPS][128 / 4][16 rows][4]
     scales: ir.Value
     codes: ir.Value
+    highs: ir.Value
+    masks: ir.Value
     x_scales: ir.Value
     totals: ir.Value  # float32 [16 tokens][16 rows], of the groups before
     bias: ir.Value
     out: ir.Value
 
 
-def integers(bits: int, parts: int):
+def integers(bits: int):
     """What emits the kernel for weights of `bits` bits and TOKENS tokens; the arguments are those of `tiles`."""
     group_bytes = 256 * bits
 
-    def tile(b, weights, scales, bias, codes, x_scales, _x_sums, inputs, out, out_stride, add, blocks, tiles):
+    def tile(b, weights, scales, bias, codes, highs, masks, x_scales, _x_sums, inputs, out, out_stride, add, blocks,
+             tiles):  # fmt: skip
         groups = b.udiv(b.add(inputs, I64(127)), I64(128))
         chunks = b.udiv(b.add(groups, I64(GROUPS - 1)), I64(GROUPS))
         chunk = b.udiv(b.add(groups, b.sub(chunks, I64(1))), chunks)
         _emit_configure(b)
         unpacked = _buffer(b, BLOCKS * GROUPS * _GROUP_BYTES)
         totals = _buffer(b, BUNCH * BLOCKS * _TILE_BYTES)
-        sums = _buffer(b, _SLOTS * parts * _TILE_BYTES)
+        sums = _buffer(b, _SLOTS * 2 * _TILE_BYTES)
 
         def some_groups(first, n_blocks, first_tile, n_tiles, g):
             """Groups g .. g+chunk-1 of `n_blocks` row blocks times `n_tiles` token tiles."""
@@ -83,7 +87,9 @@ def integers(bits: int, parts: int):
                 pair = _Pair(
                     weights=emit_offset(b, unpacked, (row.index, GROUPS * _GROUP_BYTES)),
                     scales=emit_offset(b, scales, (w_at, 32)),
-                    codes=emit_offset(b, codes, (x_at, parts * _GROUP_BYTES)),
+                    codes=emit_offset(b, codes, (x_at, _GROUP_BYTES)),
+                    highs=emit_offset(b, highs, (x_at, _GROUP_BYTES)),
+                    masks=emit_offset(b, masks, (x_at, 8)),
                     x_scales=emit_offset(b, x_scales, (x_at, 4 * TOKENS)),
                     totals=emit_offset(b, totals, (column.index, BLOCKS * _TILE_BYTES), (row.index, _TILE_BYTES)),
                     bias=b.select(b.icmp_signed("!=", bias, I64(0)), emit_offset(b, bias, (block, 64)), I64(0)),
@@ -96,10 +102,10 @@ def integers(bits: int, parts: int):
                 for group in range(GROUPS + 1):
                     if group < GROUPS:
                         with b.if_then(b.icmp_signed("<", I64(group), n_groups), likely=True):
-                            _emit_sums(b, parts, pair, sums, group, left)
+                            _emit_sums(b, pair, sums, group, left)
                     if group > 0:
                         with b.if_then(b.icmp_signed("<=", I64(group), n_groups), likely=True):
-                            _emit_add(b, parts, pair, sums, group - 1, cells)
+                            _emit_add(b, pair, sums, group - 1, cells)
                 is_last = b.icmp_signed("==", b.add(g, n_groups), groups)
                 _emit_end(b, pair, cells, is_last, out_stride, add)
 
@@ -154,42 +160,54 @@ def _emit_unpack(b, bits: int, source, lines, to) -> None:
             emit_store(b, value, emit_offset(b, to, (loop.index, 64 * len(codes)), 64 * i), 64)
 
 
-def _emit_sums(b, parts: int, pair: _Pair, sums, g: int, left) -> None:
-    """sums[g % _SLOTS][part][token][row] = the exact sums of group `g`; `left` inputs are left from group 0 on."""
+def _has_outliers(b, pair: _Pair, g: int):
+    return b.icmp_signed("!=", emit_load(b, emit_offset(b, pair.masks, 8 * g), I64, 8), I64(0))
+
+
+def _emit_sums(b, pair: _Pair, sums, g: int, left) -> None:
+    """sums[g % _SLOTS][0, 1][token][row] = the exact sums of group `g` over low parts, and over high ones if there are
+    any; `left` inputs are left from group 0 on."""
     weights = emit_offset(b, pair.weights, g * _GROUP_BYTES)
-    codes = emit_offset(b, pair.codes, g * parts * _GROUP_BYTES)
-    registers = [(g * parts + part) % 4 for part in range(parts)]
+    more = b.icmp_signed(">", left, I64(128 * g + 64))
 
-    def half(step: int):
-        """64 of the group's inputs."""
-        _emit_amx(b, "tileloadd64", 4 + step, _pointer(b, emit_offset(b, weights, step * _TILE_BYTES)), I64(64))
-        for part in range(parts):
-            x = emit_offset(b, codes, part * _GROUP_BYTES + 64 * step)
-            _emit_amx(b, "tileloadd64", 6 + step, _pointer(b, x), I64(128))
-            _emit_amx(b, "tdpbssd", registers[part], 6 + step, 4 + step)
+    def product(codes, register: int, to) -> None:
+        def half(step: int):
+            """64 of the group's inputs."""
+            _emit_amx(b, "tileloadd64", 4 + step, _pointer(b, emit_offset(b, weights, step * _TILE_BYTES)), I64(64))
+            _emit_amx(b, "tileloadd64", 6 + step, _pointer(b, emit_offset(b, codes, 64 * step)), I64(128))
+            _emit_amx(b, "tdpbssd", register, 6 + step, 4 + step)
 
-    for register in registers:
         _emit_amx(b, "tilezero", register)
-    half(0)
-    with b.if_then(b.icmp_signed(">", left, I64(128 * g + 64)), likely=True):
-        half(1)
-    for part, register in enumerate(registers):
-        to = emit_offset(b, sums, (g % _SLOTS * parts + part) * _TILE_BYTES)
+        half(0)
+        with b.if_then(more, likely=True):
+            half(1)
         _emit_amx(b, "tilestored64", register, _pointer(b, to), I64(64))
 
+    to = emit_offset(b, sums, g % _SLOTS * 2 * _TILE_BYTES)
+    product(emit_offset(b, pair.codes, g * _GROUP_BYTES), 2 * g % 4, to)
+    with b.if_then(_has_outliers(b, pair, g), likely=False):
+        product(emit_offset(b, pair.highs, g * _GROUP_BYTES), (2 * g + 1) % 4, emit_offset(b, to, _TILE_BYTES))
 
-def _emit_add(b, parts: int, pair: _Pair, sums, g: int, cells) -> None:
+
+def _emit_add(b, pair: _Pair, sums, g: int, cells) -> None:
     """cells[token] += the scaled sums of group `g`."""
-    sums = emit_offset(b, sums, g % _SLOTS * parts * _TILE_BYTES)
+    sums = emit_offset(b, sums, g % _SLOTS * 2 * _TILE_BYTES)
     scale = emit_load_f16(b, emit_offset(b, pair.scales, 32 * g))
-    for t, cell in enumerate(cells):
-        exact, *low = [
-            emit_load(b, emit_offset(b, sums, part * _TILE_BYTES + 64 * t), V_I32, 64) for part in range(parts)
-        ]
-        if low:
-            exact = b.add(b.shl(exact, ir.Constant(V_I32, [LOW_BITS] * 16)), low[0])
-        x_scale = emit_broadcast_f32(b, emit_offset(b, pair.x_scales, 4 * TOKENS * g + 4 * t))
-        b.store(emit_fma(b, b.sitofp(exact, V_F32), b.fmul(scale, x_scale), b.load(cell)), cell)
+
+    def add(with_high: bool) -> None:
+        for t, cell in enumerate(cells):
+            exact = emit_load(b, emit_offset(b, sums, 64 * t), V_I32, 64)
+            if with_high:
+                high = emit_load(b, emit_offset(b, sums, _TILE_BYTES + 64 * t), V_I32, 64)
+                exact = b.add(b.shl(high, ir.Constant(V_I32, [LOW_BITS] * 16)), exact)
+            x_scale = emit_broadcast_f32(b, emit_offset(b, pair.x_scales, 4 * TOKENS * g + 4 * t))
+            b.store(emit_fma(b, b.sitofp(exact, V_F32), b.fmul(scale, x_scale), b.load(cell)), cell)
+
+    with b.if_else(_has_outliers(b, pair, g), likely=False) as (outliers, none):
+        with outliers:
+            add(True)
+        with none:
+            add(False)
 
 
 def _emit_begin(b, pair: _Pair, cells, is_first) -> None:

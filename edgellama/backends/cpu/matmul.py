@@ -2,12 +2,14 @@
 
 A *pack* is what a matrix is multiplied with: tokens in tiles of `tile` tokens, quantized for each token and
 group of 128 inputs, laid out so that every broadcast of a tile kernel is a constant offset from one pointer.
-A code has one part (int8) or two (15 bits, high and low; see `tiles`):
+A code is q = 128 * high + low, two int8; high is 0 but for outliers (see `vector_ops.pack_row`):
 
-    codes   int8     [tiles][groups][32][parts][tile][4]   4 neighbouring inputs of one token together
+    codes   int8     [tiles][groups][32][tile][4]   low parts; 4 neighbouring inputs of one token together: a word
+    masks   int64    [tiles][groups]                bit i: word i of the group has outliers in some token
+    highs   int8     [tiles][groups][32][tile][4]   high parts, of the words that `masks` names; the rest is undefined
     scales  float32  [tiles][groups][tile]
-    sums    int32    [tiles][groups][parts][tile]          the sum of the codes, for the weights' zero point
-    values  float32  [tiles][K][tile]                      instead of the three above, for 16-bit weights
+    sums    int32    [tiles][groups][tile]          the sum of the codes, for the weights' zero point
+    values  float32  [tiles][K][tile]               instead of all these, for 16-bit weights
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ PIECES = 8
 
 
 @vector_intrinsic(types.void, *[ADDRESS] * (ARGUMENTS + 1))
-def call_tile(b, address, weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles):
+def call_tile(b, address, weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride, add,
+              blocks, tiles):  # fmt: skip
     """Call a kernel of `tiles` by its address."""
-    args = weights, scales, bias, codes, x_scales, x_sums, inputs, out, out_stride, add, blocks, tiles
-    emit_native_call(b, address, *args)
+    emit_native_call(b, address, weights, scales, bias, codes, highs, masks, x_scales, x_sums, inputs, out, stride,
+                     add, blocks, tiles)  # fmt: skip
 
 
 @kernel
@@ -51,9 +54,8 @@ def multiply_blocks(matrix, first, blocks, pack, n_tokens, out, out_stride, add)
     tiles = (n_tokens + pack.tile - 1) // pack.tile
     function = matrix.kernel_one if pack.size == ONE else matrix.kernel_few if pack.size == FEW else matrix.kernel_many
     out += first * 64
-    call_tile(
-        function, weights, scales, bias, x, pack.scales, pack.sums, matrix.inputs, out, out_stride, add, blocks, tiles
-    )
+    call_tile(function, weights, scales, bias, x, pack.highs, pack.masks, pack.scales, pack.sums, matrix.inputs, out,
+              out_stride, add, blocks, tiles)  # fmt: skip
 
 
 @kernel

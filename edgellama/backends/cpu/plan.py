@@ -29,15 +29,17 @@ def _int64s(names: str):
 
 
 # A matrix: addresses (bias 0: none), and its size in row blocks, groups and inputs (see `tiles`); bits 4, 8, 16 (or 0:
-# see embed); parts of the activations that it is multiplied with.
-MATRIX = _record(**_int64s("bits weights scales bias blocks groups inputs parts kernel_one kernel_few kernel_many"))
+# see embed); `ceiling` of what it is multiplied with (see `vector_ops.pack_row`).
+MATRIX = _record(
+    **_int64s("bits weights scales bias blocks groups inputs kernel_one kernel_few kernel_many"), ceiling=np.float32
+)
 _LAYER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 LAYER = _record(
     **_int64s("input_norm post_norm keys values key_scales value_scales"), **{name: MATRIX for name in _LAYER_MATRICES}
 )
-# Activations made ready for a matrix: see `matmul`. Packs [parts - 1][i], i < n_threads: thread i's own, for one token;
-# the last two are everybody's, in tiles for a few tokens and for many.
-PACK = _record(**_int64s("size tile parts by_token codes scales sums values"))
+# Activations made ready for a matrix: see `matmul`. Pack i < n_threads: thread i's own, for one token; the last two are
+# everybody's, in tiles for a few tokens and for many.
+PACK = _record(**_int64s("size tile by_token codes masks highs scales sums values"))
 PLAN = _record(
     **_int64s("hidden_size intermediate_size n_layers n_heads n_kv_heads head_dim activation n_threads"),
     **_int64s("kv_bytes value_stride key_head_bytes value_head_bytes key_slot_bytes value_slot_bytes"),
@@ -77,16 +79,16 @@ _BITS = {"int4.g128": 4, "int8.g128": 8, "f16.r16": 16, "f16": vector_ops.ROW_MA
 class Plan:
     """Builds the records for one open model and owns every buffer behind their addresses."""
 
-    def __init__(self, file: ModelFile, cache: KVCache, n_threads: int, max_tokens: int, parts: dict[str, int]):
-        """`parts`: of the activations that go into q (k, v), o, gate (up), down and head."""
+    def __init__(self, file: ModelFile, cache: KVCache, n_threads: int, max_tokens: int, ceilings: dict[str, float]):
+        """`ceilings`: of the activations that go into q (k, v), o, gate (up), down and head."""
         config = file.config
         self._file, self._cache = file, cache
         self._owned: list[np.ndarray] = []
-        self._parts = {**parts, "k": parts["q"], "v": parts["q"], "up": parts["gate"]}
-        self.tile_tokens = max(SIZES[1])
+        self._ceilings = {**ceilings, "k": ceilings["q"], "v": ceilings["q"], "up": ceilings["gate"]}
+        self.tile_tokens = max(SIZES)
         self.max_tokens = round_up(max_tokens, self.tile_tokens)
         self.layers = np.zeros(config.num_hidden_layers, LAYER)
-        self.packs = np.zeros((2, n_threads + 2), PACK)
+        self.packs = np.zeros(n_threads + 2, PACK)
         self.record = np.zeros(1, PLAN)
         self._fill_sizes(config, cache, n_threads)
         self._fill_weights(config, cache)
@@ -115,7 +117,7 @@ class Plan:
         p["key_head_bytes"], p["value_head_bytes"] = cache.key_head_bytes, cache.value_head_bytes
         p["key_slot_bytes"], p["value_slot_bytes"] = cache.key_slot_bytes, cache.value_slot_bytes
 
-    def _matrix(self, name: str, parts: int) -> tuple[int, ...]:
+    def _matrix(self, name: str, ceiling: float) -> tuple[float, ...]:
         """A MATRIX record for a tensor by its name without suffix."""
         file = self._file
         quantized = f"{name}.qweight" in file.tensors
@@ -124,7 +126,7 @@ class Plan:
         scales = file.address(f"{name}.scales") if quantized else 0
         bias = self._vector(f"{name}.bias", n) if f"{name}.bias" in file.tensors else 0
         inputs = round_up(entry.shape[1], STEP)
-        return _BITS[entry.layout], file.address(entry.name), scales, bias, n // 16, k // 128, inputs, parts, 0, 0, 0
+        return _BITS[entry.layout], file.address(entry.name), scales, bias, n // 16, k // 128, inputs, 0, 0, 0, ceiling
 
     def link(self) -> None:
         """Put the addresses of tile and attention kernels into the records; compiles those that are needed."""
@@ -133,9 +135,8 @@ class Plan:
         matrices = [self.layers[name] for name in _LAYER_MATRICES] + [self.record["head"]]
         for records in matrices:
             for record in records:
-                parts = int(record["parts"])
-                one, few, many = KERNELS[int(record["bits"]), parts]
-                if SIZES[parts][FEW] == SIZES[parts][MANY]:
+                one, few, many = KERNELS[int(record["bits"])]
+                if SIZES[FEW] == SIZES[MANY]:
                     few = many
                 record["kernel_one"], record["kernel_few"] = one.address, few.address
                 record["kernel_many"] = many.address
@@ -150,17 +151,17 @@ class Plan:
     def _fill_weights(self, config: LlamaConfig, cache: KVCache) -> None:
         width = round_up(config.hidden_size, 128)
         p = self.record[0]
-        p["embed"] = self._matrix("model.embed_tokens", self._parts["head"])
-        p["head"] = p["embed"] if config.tie_word_embeddings else self._matrix(config.head, self._parts["head"])
+        p["embed"] = self._matrix("model.embed_tokens", self._ceilings["head"])
+        p["head"] = p["embed"] if config.tie_word_embeddings else self._matrix(config.head, self._ceilings["head"])
         p["final_norm"] = self._vector("model.norm.weight", width)
         for i, layer in enumerate(self.layers):
             prefix = f"model.layers.{i}"
             layer["input_norm"] = self._vector(f"{prefix}.input_layernorm.weight", width)
             layer["post_norm"] = self._vector(f"{prefix}.post_attention_layernorm.weight", width)
             for name in "qkvo":
-                layer[name] = self._matrix(f"{prefix}.self_attn.{name}_proj", self._parts[name])
+                layer[name] = self._matrix(f"{prefix}.self_attn.{name}_proj", self._ceilings[name])
             for name in ("gate", "up", "down"):
-                layer[name] = self._matrix(f"{prefix}.mlp.{name}_proj", self._parts[name])
+                layer[name] = self._matrix(f"{prefix}.mlp.{name}_proj", self._ceilings[name])
             layer["keys"], layer["values"], layer["key_scales"], layer["value_scales"] = cache.addresses(i)
 
     def _fill_buffers(self, config: LlamaConfig, cache: KVCache, n_threads: int) -> None:
@@ -193,17 +194,16 @@ class Plan:
         p["splits_done"] = self.zeros(8 * attention.FEW_TOKENS * config.num_key_value_heads)
 
         head_is_f16 = int(p["head"]["bits"]) == 16
-        # Packs of one and of two parts, and of both sizes of tile, are never in use at once: they share the buffers.
-        groups, most_parts = widest // 128, max(self._parts.values())
+        # Packs of both sizes of tile are never in use at once: they share the buffers.
+        groups = widest // 128
         for i in range(n_threads + 2):
             size = max(ONE, i - n_threads + FEW)
             if size != MANY:
                 n = 1 if size == ONE else tokens
-                codes, scales = self.zeros(n * widest * most_parts), self.zeros(4 * n * groups)
-                sums = self.zeros(4 * n * groups * most_parts)
+                codes, masks, highs = self.zeros(n * widest), self.zeros(8 * n * groups), self.zeros(n * widest)
+                scales, sums = self.zeros(4 * n * groups), self.zeros(4 * n * groups)
                 values = self.zeros(4 * n * hidden) if head_is_f16 else 0
-            for parts in (1, 2):
-                self.packs[parts - 1, i] = size, SIZES[parts][size], parts, BY_TOKEN[size], codes, scales, sums, values
+            self.packs[i] = size, SIZES[size], BY_TOKEN[size], codes, masks, highs, scales, sums, values
 
         p["control"] = self.zeros((COUNTERS + (WORK_PER_CALL + 2 * WORK_PER_LAYER) * n_threads) * LINE)
         self.control = self._owned[-1].view(np.int64)

@@ -23,7 +23,7 @@ from .vector_ops import embed, gate, pack_row, pack_row_f32, rms_norm
 def forward(plans, layers, packs, rank):
     """Tokens in, logits (or hidden states) of the wanted rows out; False if cancelled.
 
-    plans: PLAN[1], layers: LAYER[n_layers], packs: PACK[2, n_threads + 2]; see `plan`. Rank 0 is back when nobody reads
+    plans: PLAN[1], layers: LAYER[n_layers], packs: PACK[n_threads + 2]; see `plan`. Rank 0 is back when nobody reads
     the tables any more, but for DECISION where the result is False.
     """
     p = plans[0]
@@ -43,8 +43,8 @@ def forward(plans, layers, packs, rank):
         layer = layers[i]
 
         # Attention: x += o_proj(attention(rope(q), rope(k), v)) with q, k, v from the normalized x.
-        pack = packs[layer.q.parts - 1, pack_index(p, packs, layer.q, p.n_tokens, rank)]
-        pack_tokens(p, counter, pack, p.x, p.x_stride, layer.input_norm, layer.q.groups, scratch)
+        pack = packs[pack_index(p, packs, p.n_tokens, rank)]
+        pack_tokens(p, counter, pack, p.x, p.x_stride, layer.input_norm, layer.q, scratch)
         multiply_three(counter + work, p.n_threads, rank, layer.q, layer.k, layer.v, pack, p.n_tokens,
                        p.qkv, p.qkv + p.k_column, p.qkv + p.v_column, p.qkv_stride)  # fmt: skip
         barrier(words, p.n_threads)
@@ -54,14 +54,14 @@ def forward(plans, layers, packs, rank):
             barrier(words, p.n_threads)
         attend_all(p, counter + 3 * work, layer, scratch)
         barrier(words, p.n_threads)
-        pack = packs[layer.o.parts - 1, pack_index(p, packs, layer.o, p.n_tokens, rank)]
-        pack_tokens(p, counter + 4 * work, pack, p.attention, p.attention_stride, 0, layer.o.groups, scratch)
+        pack = packs[pack_index(p, packs, p.n_tokens, rank)]
+        pack_tokens(p, counter + 4 * work, pack, p.attention, p.attention_stride, 0, layer.o, scratch)
         multiply(counter + 5 * work, p.n_threads, rank, layer.o, pack, p.n_tokens, p.x, p.x_stride, 1)
         barrier(words, p.n_threads)
 
         # MLP: x += down_proj(act(gate_proj(x)) * up_proj(x)) with the normalized x.
-        pack = packs[layer.gate.parts - 1, pack_index(p, packs, layer.gate, p.n_tokens, rank)]
-        pack_tokens(p, counter + 6 * work, pack, p.x, p.x_stride, layer.post_norm, layer.gate.groups, scratch)
+        pack = packs[pack_index(p, packs, p.n_tokens, rank)]
+        pack_tokens(p, counter + 6 * work, pack, p.x, p.x_stride, layer.post_norm, layer.gate, scratch)
         gate_and_up(p, counter + 7 * work, rank, layer, pack, scratch)
         if rank == 0:
             atomic_store(p.control + DECISION * LINE, atomic_load(p.control + CANCEL * LINE))
@@ -70,8 +70,8 @@ def forward(plans, layers, packs, rank):
             if rank == 0:
                 atomic_store(for_call, 0)
             return False
-        pack = packs[layer.down.parts - 1, pack_index(p, packs, layer.down, p.n_tokens, rank)]
-        pack_tokens(p, counter + 8 * work, pack, p.mlp, p.mlp_stride, 0, layer.down.groups, scratch)
+        pack = packs[pack_index(p, packs, p.n_tokens, rank)]
+        pack_tokens(p, counter + 8 * work, pack, p.mlp, p.mlp_stride, 0, layer.down, scratch)
         multiply(counter + 9 * work, p.n_threads, rank, layer.down, pack, p.n_tokens, p.x, p.x_stride, 1)
         barrier(words, p.n_threads)
         counter, other = other, counter
@@ -94,11 +94,11 @@ def clear(counter, n, n_threads, rank):
 
 
 @kernel
-def pack_index(p, packs, matrix, n, rank):
-    """Which pack takes `n` tokens for `matrix`: the thread's own, or everybody's for a few or for many."""
+def pack_index(p, packs, n, rank):
+    """Which pack takes `n` tokens: the thread's own, or everybody's for a few or for many."""
     if n == 1:
         return rank
-    return p.n_threads if n <= packs[matrix.parts - 1, p.n_threads].tile else p.n_threads + 1
+    return p.n_threads if n <= packs[p.n_threads].tile else p.n_threads + 1
 
 
 @kernel
@@ -112,13 +112,13 @@ def embed_tokens(p, counter):
 
 
 @kernel
-def pack_tokens(p, counter, pack, rows, stride, norm, groups, scratch):
-    """Normalize (if `norm`, an address, is not 0) and pack all tokens.
+def pack_tokens(p, counter, pack, rows, stride, norm, matrix, scratch):
+    """Normalize (if `norm`, an address, is not 0) and pack all tokens for `matrix`.
 
     One token: each thread packs its own copy. Several: shared out by tile, and waited for.
     """
     if pack.tile == 1:
-        pack_one(p, pack, rows, norm, groups, 0, 0, scratch)
+        pack_one(p, pack, rows, norm, matrix, 0, 0, scratch)
         return
     while True:
         tile = fetch_add(counter, 1)
@@ -126,17 +126,17 @@ def pack_tokens(p, counter, pack, rows, stride, norm, groups, scratch):
             break
         # What an unfilled tile multiplies besides is left over from before, and nobody reads the product.
         for t in range(min(pack.tile, p.n_tokens - tile * pack.tile)):
-            pack_one(p, pack, rows + (tile * pack.tile + t) * stride, norm, groups, tile, t, scratch)
+            pack_one(p, pack, rows + (tile * pack.tile + t) * stride, norm, matrix, tile, t, scratch)
     barrier(p.control + BARRIER * LINE, p.n_threads)
 
 
 @kernel
-def pack_one(p, pack, row, norm, groups, tile, t, scratch):
+def pack_one(p, pack, row, norm, matrix, tile, t, scratch):
     """One row to token `t` of tile `tile`."""
     if norm != 0:
-        rms_norm(row, norm, p.hidden_size, groups * 128, p.eps, scratch + p.normed)
+        rms_norm(row, norm, p.hidden_size, matrix.groups * 128, p.eps, scratch + p.normed)
         row = scratch + p.normed
-    pack_row(row, groups, pack, tile, t, scratch)
+    pack_row(row, matrix.groups, matrix.ceiling, pack, tile, t, scratch)
 
 
 @kernel
@@ -163,7 +163,7 @@ def gate_and_up(p, counter, rank, layer, pack, scratch):
 def logits_of_rows(p, counter, packs, rank, scratch):
     """logits = lm_head(norm(x)) for the wanted rows."""
     one = p.n_rows == 1
-    pack = packs[p.head.parts - 1, pack_index(p, packs, p.head, p.n_rows, rank)]
+    pack = packs[pack_index(p, packs, p.n_rows, rank)]
     tile = pack.tile
     groups, is_f16 = p.head.groups, p.head.bits == 16
     tiles = (p.n_rows + tile - 1) // tile
@@ -177,7 +177,7 @@ def logits_of_rows(p, counter, packs, rank, scratch):
             if is_f16:
                 pack_row_f32(scratch + p.normed, groups, pack, index, t)
             else:
-                pack_row(scratch + p.normed, groups, pack, index, t, scratch)
+                pack_row(scratch + p.normed, groups, p.head.ceiling, pack, index, t, scratch)
         if one:
             break
     barrier(p.control + BARRIER * LINE, p.n_threads)

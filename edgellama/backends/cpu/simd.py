@@ -178,6 +178,14 @@ def emit_broadcast_i32(builder, address):
     return emit_splat(builder, emit_load(builder, address, I32, 4))
 
 
+def emit_nibble(builder, packed, odd):
+    """i8x64 of packed nibbles -> the high ones if `odd` (int64) is 1, the low ones if it is 0."""
+    wide = ir.VectorType(I16, 32)
+    by = emit_splat(builder, builder.trunc(builder.shl(odd, I64(2)), I16), 32)
+    nibble = builder.bitcast(builder.lshr(builder.bitcast(packed, wide), by), V_I8)
+    return builder.and_(nibble, ir.Constant(V_I8, [15] * 64))
+
+
 def emit_nibbles(builder, packed):
     """i8x64 of packed nibbles -> (low, high) as i8x64 of values 0..15."""
     mask = ir.Constant(V_I8, [15] * 64)
@@ -496,18 +504,19 @@ def zero_i32(b):
 
 
 LOW_BITS = 7
-"""Bits of the low part of a 15-bit code."""
+"""Bits of the low part of a code that does not fit into 8 bits."""
 
 
 @vector_intrinsic(i32x16, i32x16)
 def vhigh_part(b, q):
-    """q / 128 to nearest: the high part of a 15-bit code."""
-    return b.ashr(b.add(q, ir.Constant(V_I32, [1 << (LOW_BITS - 1)] * 16)), ir.Constant(V_I32, [LOW_BITS] * 16))
+    """q / 128 towards zero: the high part of a code, 0 where it fits into 8 bits."""
+    below = b.and_(b.ashr(q, ir.Constant(V_I32, [31] * 16)), ir.Constant(V_I32, [(1 << LOW_BITS) - 1] * 16))
+    return b.ashr(b.add(q, below), ir.Constant(V_I32, [LOW_BITS] * 16))
 
 
 @vector_intrinsic(i32x16, i32x16, i32x16)
 def vlow_part(b, q, high):
-    """q - 128 * high: -64..63."""
+    """q - 128 * high: -127..127."""
     return b.sub(q, b.shl(high, ir.Constant(V_I32, [LOW_BITS] * 16)))
 
 
@@ -525,26 +534,36 @@ def keep_below(b, v, n):
     return b.select(kept, v, ir.Constant(V_F32, [-math.inf] * 16))
 
 
-def emit_exp(b, x):
-    """e**x in every lane, within 2 ulp; exactly 1 at 0, exactly 0 below -87.3 (and at -inf).
+def _splat_f32(value: float):
+    return ir.Constant(V_F32, [value] * 16)
 
-    Cody-Waite reduction to |r| <= ln2 / 2 and the degree 5 polynomial of Cephes' expf, all in fma.
+
+_TO_WHOLE = 12582912.0
+"""1.5 * 2**23: added to a small float32 it rounds it to a whole number, which it leaves in the low bits."""
+
+
+def _emit_power(b, shifted, r):
+    """2**(n + r) with |r| <= 1/2, by a minimax polynomial of degree 5; `shifted`: n + _TO_WHOLE, -126 <= n <= 127.
+
+    A shift takes the whole number n into the exponent.
     """
+    p = _splat_f32(1.3269406045e-3)
+    for c in (9.6712941304e-3, 5.5507112294e-2, 2.4022246897e-1, 6.9314700365e-1, 1.0):
+        p = emit_fma(b, p, r, _splat_f32(c))
+    exponent = b.shl(b.bitcast(shifted, V_I32), ir.Constant(V_I32, [23] * 16))
+    return b.bitcast(b.add(b.bitcast(p, V_I32), exponent), V_F32)
 
-    def const(value):
-        return ir.Constant(V_F32, [value] * 16)
 
-    too_small = b.fcmp_ordered("<", x, const(-87.3))
-    x = emit_min(b, emit_max(b, x, const(-87.3)), const(88.3))
-    n = emit_call(b, "llvm.rint.v16f32", V_F32, [b.fmul(x, const(1.4426950408889634))])
-    r = emit_fma(b, n, const(-0.693359375), x)
-    r = emit_fma(b, n, const(2.12194440e-4), r)
-    p = const(1.9875691500e-4)
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = emit_fma(b, p, r, const(c))
-    p = b.fadd(emit_fma(b, p, b.fmul(r, r), r), const(1.0))
-    exponent = b.shl(b.add(b.fptosi(n, V_I32), ir.Constant(V_I32, [127] * 16)), ir.Constant(V_I32, [23] * 16))
-    return b.select(too_small, const(0.0), b.fmul(p, b.bitcast(exponent, V_F32)))
+def emit_exp(b, x):
+    """e**x in every lane, within 3 ulp; exactly 1 at 0, exactly 0 below -87.3 (and at -inf), no more than e**88."""
+    too_small = b.fcmp_ordered("<", x, _splat_f32(-87.3))
+    x = emit_min(b, emit_max(b, x, _splat_f32(-87.3)), _splat_f32(88.0))
+    # x / ln 2 = n + r, with log2(e) as the sum of two numbers.
+    shifted = emit_fma(b, x, _splat_f32(1.44269502162933349609375), _splat_f32(_TO_WHOLE))
+    minus_n = b.fsub(_splat_f32(_TO_WHOLE), shifted)
+    r = emit_fma(b, x, _splat_f32(1.44269502162933349609375), minus_n)
+    r = emit_fma(b, x, _splat_f32(1.92596299e-8), r)
+    return b.select(too_small, _splat_f32(0.0), _emit_power(b, shifted, r))
 
 
 @vector_intrinsic(f32x16, f32x16)
@@ -553,23 +572,10 @@ def vexp(b, x):
 
 
 def emit_exp2(b, x):
-    """2**x for x <= 0, within 3 ulp; exactly 1 at 0, exactly 0 below -126 (and at -inf).
-
-    x = n + r with |r| <= 1/2; 2**r by a minimax polynomial of degree 5. Adding 1.5 * 2**23 rounds x to the whole number
-    n and leaves n in the low bits, from where a shift takes it into the exponent.
-    """
-
-    def const(value):
-        return ir.Constant(V_F32, [value] * 16)
-
-    shifted = b.fadd(x, const(12582912.0))
-    r = b.fsub(x, b.fsub(shifted, const(12582912.0)))
-    p = const(1.3269406045e-3)
-    for c in (9.6712941304e-3, 5.5507112294e-2, 2.4022246897e-1, 6.9314700365e-1, 1.0):
-        p = emit_fma(b, p, r, const(c))
-    exponent = b.shl(b.bitcast(shifted, V_I32), ir.Constant(V_I32, [23] * 16))
-    power = b.bitcast(b.add(b.bitcast(p, V_I32), exponent), V_F32)
-    return b.select(b.fcmp_ordered(">=", x, const(-126.0)), power, const(0.0))
+    """2**x for x <= 0, within 3 ulp; exactly 1 at 0, exactly 0 below -126 (and at -inf)."""
+    shifted = b.fadd(x, _splat_f32(_TO_WHOLE))
+    r = b.fsub(x, b.fsub(shifted, _splat_f32(_TO_WHOLE)))
+    return b.select(b.fcmp_ordered(">=", x, _splat_f32(-126.0)), _emit_power(b, shifted, r), _splat_f32(0.0))
 
 
 @vector_intrinsic(f32x16, f32x16)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from numba import float32, int32
+from numba import float32, int32, int64
 
 from .jit import kernel
 from .simd import (
@@ -20,11 +20,13 @@ from .simd import (
     load_f16,
     load_f32,
     load_i32,
+    load_i64,
     load_u8,
     round_i32,
     splat,
     store_f32,
     store_i32,
+    store_i64,
     vabs,
     vadd,
     vadd_i32,
@@ -89,49 +91,80 @@ def rms_norm(x, weight, n, padded, eps, out):
 
 
 @kernel
-def pack_row(x, groups, pack, index, t, scratch):
-    """Quantize a row into token `t` of tile `index`: q = rint(x * top / absmax), scale = absmax / top.
+def mean_size(x, n):
+    """The mean absolute value of float32 [n], n a multiple of 128."""
+    # Four sums, added in a fixed order, hide the latency of the addition.
+    a, b, c, d = splat(float32(0.0)), splat(float32(0.0)), splat(float32(0.0)), splat(float32(0.0))
+    for i in range(x, x + 4 * n, 256):
+        a, b = vadd(vabs(vload(i)), a), vadd(vabs(vload(i + 64)), b)
+        c, d = vadd(vabs(vload(i + 128)), c), vadd(vabs(vload(i + 192)), d)
+    return hsum(vadd(vadd(a, b), vadd(c, d))) / float32(n)
 
-    `top` is 127, or 127 * 128 for codes of two parts. `scratch`: 256 bytes. The layout: see `matmul`.
+
+@kernel
+def pack_row(x, groups, ceiling, pack, index, t, scratch):
+    """Quantize a row into token `t` of tile `index`; those of a tile come in order. `scratch`: 256 bytes.
+
+    A group's codes are q = rint(x / scale). Its largest value gets 127, unless that is an outlier, over `ceiling` times
+    the mean size of the whole row: then that limit gets 127 (or what is 128 times smaller than the outlier, if that is
+    more), the others are as fine as without it, and its own code has up to 15 bits. The layout: see `matmul`.
     """
-    tile, parts = pack.tile, pack.parts
-    scales, sums, codes = pack.scales, pack.sums, pack.codes
-    top = float32(127.0) if parts == 1 else float32(127.0 * (1 << LOW_BITS))
-    # A token's words of one part lie one after the other, or those of the tile's tokens and parts between them.
-    together = pack.by_token != 0 or parts * tile == 1
-    apart = parts * tile * 4
+    tile = pack.tile
+    limit = ceiling * mean_size(x, groups * 128)
     for g in range(groups):
         at = (index * groups + g) * tile
-        high_to, low_to = scratch, scratch + 128
-        if together:
-            high_to = codes + (at * parts + t) * 128
-            low_to = high_to + tile * 128
         largest = splat(float32(0.0))
         for i in range(0, 128, 16):
             largest = vmax(vabs(vload(x + 4 * (g * 128 + i))), largest)
         absmax = hmax(largest)
-        inverse = splat(top / absmax if absmax > float32(1e-30) else float32(0.0))
-        store_f32(scales + 4 * (at + t), absmax / top)
-        high_sum, low_sum = zero_i32(), zero_i32()
+        top = max(min(absmax, limit), absmax / float32(1 << LOW_BITS))
+        inverse = splat(float32(127.0) / top if top > float32(1e-30) else float32(0.0))
+        store_f32(pack.scales + 4 * (at + t), top / float32(127.0))
+        # A token's words lie one after the other, or those of the tile's tokens between them.
+        together = pack.by_token != 0 or tile == 1
+        to = pack.codes + (at + t) * 128 if together else scratch
+        total = zero_i32()
         for i in range(0, 128, 16):
-            high = round_i32(vmul(vload(x + 4 * (g * 128 + i)), inverse))
-            if parts == 2:
-                low = high
-                high = vhigh_part(low)
-                low = vlow_part(low, high)
-                low_sum = vadd_i32(low_sum, low)
-                vstore_i8(low_to + i, low)
-            high_sum = vadd_i32(high_sum, high)
-            vstore_i8(high_to + i, high)
-        if pack.by_token != 0:
-            continue  # these kernels need no sums
-        for part in range(parts):
-            column = part * tile + t
-            store_i32(sums + 4 * (at * parts + column), hsum_i32(high_sum if part == 0 else low_sum))
-            if not together:
-                to = codes + at * parts * 128 + 4 * column
-                for word in range(32):
-                    store_i32(to + word * apart, load_i32(scratch + part * 128 + 4 * word))
+            q = round_i32(vmul(vload(x + 4 * (g * 128 + i)), inverse))
+            total = vadd_i32(total, q)
+            if absmax > top:
+                high = vhigh_part(q)
+                q = vlow_part(q, high)
+                vstore_i8(scratch + 128 + i, high)
+            vstore_i8(to + i, q)
+        store_i32(pack.sums + 4 * (at + t), hsum_i32(total))
+        if not together:
+            to = pack.codes + at * 128 + 4 * t
+            for word in range(32):
+                store_i32(to + word * tile * 4, load_i32(scratch + 4 * word))
+        if t == 0:
+            store_i64(pack.masks + 8 * (index * groups + g), 0)
+        if absmax > top:
+            add_outliers(scratch + 128, pack, index * groups + g, t)
+
+
+@kernel
+def add_outliers(high, pack, group, t):
+    """The high parts of token `t` in a group (counted over all tiles), int8 [128] at `high`, to a pack."""
+    tile, whole = pack.tile, pack.by_token != 0  # whole groups are multiplied there, else words
+    mask, highs = load_i64(pack.masks + 8 * group), pack.highs + group * tile * 128
+    if whole and mask == 0:
+        clear(highs, tile * 128)
+    for word in range(32):
+        codes = load_i32(high + 4 * word)
+        if codes != 0:
+            if not whole and mask >> word & 1 == 0:
+                clear(highs + word * tile * 4, tile * 4)
+            mask |= int64(1) << word
+            store_i32(highs + 4 * (t * 32 + word if whole else word * tile + t), codes)
+    store_i64(pack.masks + 8 * group, mask)
+
+
+@kernel
+def clear(a, nbytes):
+    """Zero a multiple of 4 bytes."""
+    for i in range(a, a + nbytes, 4):
+        store_i32(i, 0)
 
 
 @kernel
