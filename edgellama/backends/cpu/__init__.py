@@ -26,7 +26,7 @@ MAX_THREADS = 256
 EXACT_BELOW, WIDE_FROM = 576, 1024
 """Widths of models: the narrower one is, the more it feels activations of 8 bits."""
 EXACT = {"q": 0.0, "o": 0.0, "gate": 0.0, "down": 0.0, "head": 0.0}
-NARROW = {"q": 6.0, "o": 6.0, "gate": 5.0, "down": 8.0, "head": 3.0}
+NARROW = {"q": 0.0, "o": 6.0, "gate": 5.0, "down": 8.0, "head": 3.0}
 WIDE = {"q": 16.0, "o": 16.0, "gate": 16.0, "down": 32.0, "head": 16.0}
 """From how many times the mean size of a row on a value is an outlier (see `vector_ops.pack_row`): for what goes into q
 (k, v), o, gate (up), down and head. The lower, the finer the other values, and the more is multiplied twice."""
