@@ -69,3 +69,12 @@ def _gpt2_letter(byte: int) -> str:
     """GPT-2's printable stand-in for a byte."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return chr(byte) if byte in plain else chr(256 + sum(other not in plain for other in range(byte)))
+
+
+@pytest.fixture(autouse=True)
+def little_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion that is calibrated by default looks at a little text in tests: it is tested where it is the subject."""
+    pytest.importorskip("numba")
+    from edgellama_convert import calibration
+
+    monkeypatch.setattr(calibration, "SMALL_MODEL_TOKENS", 1024)

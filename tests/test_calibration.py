@@ -11,8 +11,8 @@ from checkpoints import make_checkpoint, random_weights, write_safetensors
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError
 from edgellama.tokenizer import load_tokenizer
+from edgellama_convert import calibration, convert, self_text
 from edgellama_convert import calibration as module
-from edgellama_convert import convert, self_text
 from edgellama_convert.calibration import (
     BUILTIN,
     DEFAULT_TOKENS,
@@ -69,7 +69,8 @@ def test_sequences_lie_apart_and_spread_over_the_text(model, tmp_path, tokens, n
     assert (gaps >= 127).all() and (n == 1 or gaps.max() - gaps.min() <= 1)
 
 
-def test_length_and_number_by_default(model):
+def test_length_and_number_by_default(model, monkeypatch):
+    monkeypatch.setattr(calibration, "SMALL_MODEL_TOKENS", SMALL_MODEL_TOKENS)  # whatever other tests get
     long = ids_of(model, [BUILTIN], max_position_embeddings=4096).ids
     assert long.shape == (SMALL_MODEL_TOKENS // SEQUENCE_TOKENS, SEQUENCE_TOKENS)
     assert ids_of(model, [BUILTIN]).ids.shape == (SMALL_MODEL_TOKENS // 128, 128)

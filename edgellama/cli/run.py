@@ -29,6 +29,12 @@ def add_parser(subparsers) -> None:
     )
     options.add_model(parser, "an .edgellama file, a stored name, a hub id or a checkpoint folder")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
+    parser.add_argument(
+        "--method",
+        default="auto",
+        choices=("auto", "search", "gptq", "rtn"),
+        help="how it is converted on its first use, see `edgellama convert` (default auto)",
+    )
     chat.add_options(parser)
     parser.set_defaults(run=run, parser=parser)
 
@@ -77,6 +83,7 @@ def _convert(model: str, path: Path, args: argparse.Namespace) -> None:
         report = convert(
             model,
             path,
+            method=args.method,
             offline=args.offline,
             n_threads=args.threads,
             progress=progress.update,

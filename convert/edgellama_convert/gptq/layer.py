@@ -17,7 +17,7 @@ from edgellama.rope import cos_sin
 from .parts import each, each_part, spans
 
 _TILE = 512  # tokens, and rows of a matrix, of a product that is one thread's
-_ROWS = 64  # tokens of whatever is done element by element
+_NUMBERS = 1 << 18  # of whatever is done element by element, at a time
 
 
 class Linear:
@@ -60,7 +60,7 @@ class LayerMath:
             variance = np.mean(part * part, axis=-1, keepdims=True)
             y[t:end] = weight * (part / np.sqrt(variance + np.float32(self.config.rms_norm_eps)))
 
-        each_part(self._pool, len(x), _ROWS, some)
+        each_part(self._pool, len(x), max(1, _NUMBERS // x.shape[1]), some)
         return y
 
     def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ class LayerMath:
         def some(t: int, end: int) -> None:
             gate[t:end] = activation(gate[t:end]) * up[t:end]
 
-        each_part(self._pool, len(gate), _ROWS, some)
+        each_part(self._pool, len(gate), max(1, _NUMBERS // gate.shape[1]), some)
         return gate
 
     def _rotate(self, x: np.ndarray) -> np.ndarray:
