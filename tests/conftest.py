@@ -73,7 +73,7 @@ def _gpt2_letter(byte: int) -> str:
 
 @pytest.fixture(autouse=True)
 def little_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A conversion that is calibrated by default looks at a little text in tests: it is tested where it is the subject."""
+    """A conversion that is calibrated by default looks at a little text, but where that is what is tested."""
     pytest.importorskip("numba")
     from edgellama_convert import calibration
 

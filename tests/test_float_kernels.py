@@ -46,6 +46,6 @@ def test_unpacking_is_the_oracles(bits):
 
 def test_exp():
     x = np.concatenate([np.linspace(-87, 88, 5001), [0.0, -np.inf, -100, 1000]]).astype(np.float32).reshape(5, -1)
-    got, want = exp(x), np.exp(np.minimum(x, np.float32(88.3)).astype(np.float64))
+    got, want = exp(x), np.exp(np.minimum(x, np.float32(88)).astype(np.float64))
     assert got.shape == x.shape and got[-1, -4] == 1 and (got[-1, -3:-1] == 0).all()
     assert (np.abs(got - want) <= 3e-7 * want + 1e-38).all()

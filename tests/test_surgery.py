@@ -29,7 +29,12 @@ def with_tokenizer(folder, vocab_size=259, **config):
 def test_a_pad_token_gets_rows_of_zeros(tied, lm_head_bits, tmp_path):
     config = with_tokenizer(tmp_path / "m", tie_word_embeddings=tied)
     report = convert(
-        tmp_path / "m", tmp_path / "p.edgellama", add_pad_token="<pad>", lm_head_bits=lm_head_bits, receipt=False
+        tmp_path / "m",
+        tmp_path / "p.edgellama",
+        add_pad_token="<pad>",
+        lm_head_bits=lm_head_bits,
+        receipt=False,
+        method="search",
     )
     assert any("'<pad>' is the pad token, id 259" in line for line in report.warnings)
     convert(tmp_path / "m", tmp_path / "o.edgellama", lm_head_bits=lm_head_bits, receipt=False, method="search")

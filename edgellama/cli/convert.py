@@ -21,7 +21,7 @@ size. Interrupted, it leaves nothing behind.
 up for the errors before it: much more exact, and slow. Without --method that is
 done for small models (up to 200 million weights in the layers: minutes); others
 get `search`, which needs no text. It takes a minute and a half for a 7B model,
-gptq three hours. Interrupted, gptq goes on when the same command is given again.
+gptq three hours. Interrupted, it goes on when the same command is given again.
 
 When it is written, the model is measured against its source on a short text of
 several languages; `edgellama info` shows the figures, `verify` checks answers
