@@ -53,22 +53,36 @@ def random_blocks(kind: str, size: tuple[int, ...]) -> np.ndarray:
     return np.resize(blocks, rows * columns // weights * nbytes).reshape(rows, -1)
 
 
+def add_config(writer, config: dict, head_dim: int, rope_theta: float) -> None:
+    """A Llama's config.json as a GGUF's metadata; no vocabulary goes with it."""
+    heads = config["num_attention_heads"]
+    writer.add_context_length(config.get("max_position_embeddings", 2048))
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(rope_theta)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+
+
+def finish(writer) -> None:
+    """Write the GGUF."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def make(shape: str, folder: Path) -> None:
     import gguf
 
     config = random_model.config(shape)
     writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+    add_config(writer, config, config["hidden_size"] // config["num_attention_heads"], config["rope_theta"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     output = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
     made: dict[tuple, np.ndarray] = {}
@@ -80,10 +94,7 @@ def make(shape: str, folder: Path) -> None:
         if (kind, size) not in made:
             made[kind, size] = random_blocks(kind, size)
         writer.add_tensor(gguf_name(name), made[kind, size], raw_dtype=gguf.GGMLQuantizationType[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 class LlamaCpp:

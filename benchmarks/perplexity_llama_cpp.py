@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engine_llama_cpp import gguf_name
+from engine_llama_cpp import add_config, finish, gguf_name
 
 TOLERANCE = 0.01
 
@@ -84,35 +84,28 @@ def write_gguf(hf: Path, out: Path, more: dict[str, Any]) -> None:
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     writer = gguf.GGUFWriter(out, "llama")
-    writer.add_context_length(config.get("max_position_embeddings", 2048))
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
+    add_config(writer, config, more["head_dim"], more["rope_theta"])
     writer.add_key_length(more["head_dim"])
     writer.add_value_length(more["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(more["head_dim"])
-    writer.add_rope_freq_base(more["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    with open(hf / "model.safetensors", "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    header, data = read_header(hf / "model.safetensors")
     for name, entry in header.items():
-        begin = 8 + length + entry["data_offsets"][0]
+        begin = data + entry["data_offsets"][0]
         values = np.memmap(hf / "model.safetensors", "<f4", "r", begin, tuple(entry["shape"]))
         for part, n in (("q_proj", heads), ("k_proj", kv_heads)):
             if f".{part}." in name:  # llama.cpp turns neighbours, Hugging Face halves
                 values = values.reshape(n, 2, more["head_dim"] // 2, -1).swapaxes(1, 2).reshape(values.shape)
         writer.add_tensor(gguf_name(name), np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """(the tensors of a safetensors file, where their data begins)"""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def losses(path: Path, windows: np.ndarray, first: int, n_threads: int) -> np.ndarray:

@@ -118,7 +118,7 @@ def worker(folder: Path, kind: str) -> None:
     import gguf
     import llama_cpp
     from engine_llama_cpp import gguf_name
-    from perplexity_llama_cpp import write_gguf
+    from perplexity_llama_cpp import read_header, write_gguf
 
     more = json.loads((folder / "more.json").read_text())
     if not (folder / "f32.gguf").exists():
@@ -135,24 +135,21 @@ def worker(folder: Path, kind: str) -> None:
     config = json.loads((folder / "f32" / "config.json").read_text())
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
     source = folder / "f32" / "model.safetensors"
-    with open(source, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    header, data = read_header(source)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads")}
     heads["k_proj"] = heads["k_proj"] or heads["q_proj"]
     (folder / kind).mkdir()
     (folder / kind / "config.json").write_text(json.dumps(config))
     nbytes = {"layers": [0, 0], "all": [0, 0]}
     with open(folder / kind / "model.safetensors", "wb") as file:
-        file.write(length.to_bytes(8, "little") + source.read_bytes()[8 : 8 + length])
+        file.write(source.read_bytes()[:data])
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
             tensor = stored[gguf_name(name)]
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(entry["shape"])
             for part, n in heads.items():
                 if f".{part}." in name:  # llama.cpp turns neighbours, Hugging Face halves
                     values = values.reshape(n, more["head_dim"] // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
-            assert file.tell() == 8 + length + entry["data_offsets"][0] and entry["dtype"] == "F32"
+            assert file.tell() == data + entry["data_offsets"][0] and entry["dtype"] == "F32"
             file.write(np.ascontiguousarray(values, "<f4").tobytes())
             for where in ["all"] + ["layers"] * (".layers." in name and values.ndim == 2):
                 nbytes[where][0] += int(tensor.n_bytes)

@@ -16,6 +16,7 @@ import numpy as np
 
 from edgellama import devices
 from edgellama.errors import ContextError
+from edgellama.format import has_tokenizer
 
 if TYPE_CHECKING:
     from edgellama.backends import Backend
@@ -94,7 +95,7 @@ def compare(
 def default_prompts(file: ModelFile) -> list[list[int]]:
     """`TEXTS` as the model's own ids; random ids for a model without tokenizer."""
     limit = min(MAX_TOKENS, file.config.max_position_embeddings)
-    if {"tokenizer.json", "tokenizer.model"} & set(file.files):
+    if has_tokenizer(file.files):
         from edgellama.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(file.files, file.config)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from edgellama.errors import ChatTemplateError
@@ -31,6 +32,7 @@ BUILT_IN_NAMES = ("llama-2", "llama-3", "chatml", "zephyr")
 Tools = Sequence[Mapping[str, Any] | Callable[..., Any]]
 
 _PROBE = "edgellama-probe"
+_A_DATE = "01 Jan 2026"
 _MARKER = re.compile(r"<[^<>\s]{1,40}>")
 
 
@@ -90,14 +92,19 @@ def template_of(llm: ChatModel, name: str | None = None, *, tools: bool = False)
     return _compiled(source, tuple({**tokenizer.special_tokens, **variables}.items()))
 
 
-def conversation_text(tokenizer: "Tokenizer", messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """A whole conversation as the model's own template writes it; None where there is none, or it cannot."""
-    own = tokenizer.chat_template
-    source = own if isinstance(own, str) else (own or {}).get("default")
-    if source is None:
+def repeatable_text(
+    tokenizer: "Tokenizer", messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+) -> str | None:
+    """`messages` by the model's own chat template, the same on any day; None if there is none, it refuses them, or it
+    tells the time whatever it is given."""
+    if tokenizer.chat_template is None:
         return None
     try:
-        return _compiled(source, tuple(tokenizer.special_tokens.items())).render(messages, add_generation_prompt=False)
+        template = template_of(SimpleNamespace(tokenizer=tokenizer))  # it asks for no more of a model
+        if "strftime_now" in template.source and "date_string" not in template.source:
+            return None
+        copies = [dict(message) for message in messages]
+        return template.render(copies, add_generation_prompt=add_generation_prompt, date_string=_A_DATE)
     except ChatTemplateError:
         return None
 

@@ -15,16 +15,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import xxhash
 
-from edgellama.chat import checked_messages, template_of
-from edgellama.errors import ChatTemplateError, EdgellamaError, FormatError, TokenizerError
+from edgellama.chat import checked_messages, repeatable_text
+from edgellama.errors import EdgellamaError, FormatError, TokenizerError
 from edgellama.logprob import log_softmax
 
 if TYPE_CHECKING:
@@ -77,7 +76,6 @@ MESSAGES = (
     {"role": "assistant", "content": "Paris."},
     {"role": "user", "content": "  And of Peru? "},
 )
-_DATE = "01 Jan 2026"
 _PROMPT = (
     "The first snow fell in the night, and in the morning the whole street was quiet. Two children pulled a sledge up"
 )
@@ -113,7 +111,7 @@ def make(prompt: np.ndarray, logits: np.ndarray, tokenizer: Tokenizer | None) ->
         for text in TEXTS:
             with contextlib.suppress(TokenizerError):  # it is refused by this tokenizer's own parts
                 golden["texts"].append({"text": text, "ids": tokenizer.encode(text)})
-        rendered = render(tokenizer, MESSAGES)
+        rendered = repeatable_text(tokenizer, MESSAGES, add_generation_prompt=True)
         if rendered is not None:
             messages = [dict(message) for message in MESSAGES]
             golden["chat"] = {"template": _template_hash(tokenizer), "messages": messages, "text": rendered}
@@ -123,19 +121,6 @@ def make(prompt: np.ndarray, logits: np.ndarray, tokenizer: Tokenizer | None) ->
 def _template_hash(tokenizer: Tokenizer) -> str:
     parts = [tokenizer.chat_template, dict(tokenizer.special_tokens)]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
-
-
-def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """`messages` by the model's own chat template; None if there is none, it refuses them, or it tells the time."""
-    if tokenizer.chat_template is None:
-        return None
-    try:
-        template = template_of(SimpleNamespace(tokenizer=tokenizer))  # it asks for no more of a model
-        if "strftime_now" in template.source and "date_string" not in template.source:
-            return None
-        return template.render([dict(message) for message in messages], add_generation_prompt=True, date_string=_DATE)
-    except ChatTemplateError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -220,7 +205,7 @@ def _check_tokenizer(llm: Llama, golden: Golden) -> tuple[int, int]:
         messages = checked_messages(_member(chat, "messages", "chat", list))
     except (TypeError, ValueError) as error:
         _refuse("chat", f"has messages that are none: {error}")
-    if render(llm.tokenizer, messages) != _member(chat, "text", "chat"):
+    if repeatable_text(llm.tokenizer, messages, add_generation_prompt=True) != _member(chat, "text", "chat"):
         raise EdgellamaError(
             f"{llm.file.path}: the file is whole, but its chat template gives another text than when it was converted: "
             "this version of jinja2 or of edgellama runs it differently; please report it"

@@ -19,6 +19,7 @@ import numpy as np
 
 from edgellama import chat, devices, openai_shapes
 from edgellama.errors import ConfigError, ContextError, EdgellamaError, TokenizerError
+from edgellama.format import has_tokenizer
 from edgellama.generate import AsyncStream, CancelToken, GenerateOptions, Generation, Stream
 from edgellama.generate.config import new_tokens, translate
 from edgellama.generate.engine import Batch, Engine
@@ -588,7 +589,7 @@ class Llama:
             raise TokenizerError(f"the tokenizer does not fit the model: {error}") from None
 
     def _has_tokenizer(self) -> bool:
-        return self._tokenizer is not None or bool({"tokenizer.json", "tokenizer.model"} & set(self.file.files))
+        return self._tokenizer is not None or has_tokenizer(self.file.files)
 
     def _check_ids(self, ids: object) -> np.ndarray:
         """`ids` as int32 [T], every one in the vocabulary."""

@@ -22,6 +22,13 @@ def kv_bytes_per_token(config: LlamaConfig, kv_cache: str = "float16") -> int:
     return bytes_per_position(config, "int8" if kv_cache == "int8" else "float16")
 
 
+def layer_weights(config: LlamaConfig) -> int:
+    """Weights of all layers' matrices: with the output's, what every token is multiplied with."""
+    heads = config.num_attention_heads + config.num_key_value_heads
+    layer = config.hidden_size * (2 * heads * config.head_dim + 3 * config.intermediate_size)
+    return config.num_hidden_layers * layer
+
+
 def weight_bytes(config: LlamaConfig, lm_head_bits: int = 8) -> int:
     """Bytes of a model's tensors in a file; header, tokenizer and receipt come on top, some MB at most."""
     end = 0

@@ -259,3 +259,30 @@ def test_a_model_that_overflows_cannot_write(tmp_path):
     with pytest.raises(ConvertError, match="cannot write text to calibrate with"):
         convert(tmp_path / "model", tmp_path / "m.edgellama", method="gptq", calibration=SELF, calibration_tokens=64)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# -- chats -----------------------------------------------------------------------------------------------------------
+
+
+def chats(model, template, wanted=3):
+    tokenizer = SimpleNamespace(chat_template=template, special_tokens={}, encode=model.tokenizer.encode)
+    rows = calibration._chats(tokenizer, model.config, 128, wanted)
+    return [bytes(int(token) - 3 for token in row).decode("utf-8", "replace") for row in rows]
+
+
+def test_a_sequence_begins_with_a_chat_as_the_models_template_writes_it(model):
+    found = chats(model, "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    assert len(found) == 3 and all(text.startswith("[user]") for text in found)
+    assert "[assistant]" in found[0] and len(set(found)) == 3
+
+
+def test_chats_are_the_same_on_any_day(model):
+    """A template that asks for the date is given one; without one that takes it, there are no chats."""
+    dated = chats(model, "{{ date_string or strftime_now('%d %b %Y') }}: {{ messages[0].content }}")
+    assert len(dated) == 3 and all(text.startswith("01 Jan 2026: ") for text in dated)
+    assert chats(model, "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}") == []
+
+
+@pytest.mark.parametrize("template", [None, "{% if %}", "{{ raise_exception('no') }}"])
+def test_there_are_no_chats_without_a_template_that_works(model, template):
+    assert chats(model, template) == []

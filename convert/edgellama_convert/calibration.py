@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from edgellama.chat import repeatable_text
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError
+from edgellama.sizing import layer_weights
 from edgellama.tokenizer import Tokenizer
 
 from .checkpoint import read_small
@@ -103,13 +105,6 @@ class CalibrationText:
         return Calibration(ids, tuple(label for label, _ in self._texts))
 
 
-def layer_weights(config: LlamaConfig) -> int:
-    """Of all layers' matrices."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads + config.num_key_value_heads
-    return config.num_hidden_layers * hidden * (2 * heads * config.head_dim + 3 * wide)
-
-
 def _encode(label: str, text: str, tokenizer: Tokenizer | None, config: LlamaConfig, length: int) -> list[int]:
     """The text's tokens, without those that the model does not have."""
     assert tokenizer is not None
@@ -133,15 +128,13 @@ def _chats(tokenizer: Tokenizer | None, config: LlamaConfig, length: int, wanted
     A sequence begins where a chat does, and others follow until it is full. Chat models see little else, and their
     inputs there are unlike those of plain text.
     """
-    from edgellama.chat import conversation_text
-
     assert tokenizer is not None
     sequences: list[list[int]] = []
     unfinished: list[int] = []
     for messages in _conversations():
         if len(sequences) == wanted:
             break
-        text = conversation_text(tokenizer, messages)
+        text = repeatable_text(tokenizer, messages, add_generation_prompt=False)
         if text is None:
             break
         unfinished += [token for token in tokenizer.encode(text, add_special_tokens=False) if token < config.vocab_size]

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from edgellama.backends.cpu.threads import default_threads
+from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError
-from edgellama.format import ModelFile, open_model
+from edgellama.format import ModelFile, has_tokenizer, open_model
 from edgellama.perplexity import DEFAULT_CTX, Window, chunks, encode_text
+from edgellama.sizing import layer_weights
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 
 from .siblings import as_llama_files, model_type_of, open_checkpoint
@@ -148,7 +150,7 @@ def measure(
     """
     per_group = max(1, GROUP_TOKENS // len(windows[0].tokens))
     groups = [windows[i : i + per_group] for i in range(0, len(windows), per_group)]
-    tally = _Tally(model, len(groups), progress)
+    tally = _Tally(model.config, len(groups), progress)
     figures: list[tuple[np.ndarray, ...]] = []
     squares: list[np.ndarray] = []
     errors: dict[str, float] = {}
@@ -213,7 +215,7 @@ def _at_the_head(walk: Walk, windows: Sequence[Window], prompt: Prompt | None) -
 @np.errstate(over="ignore", invalid="ignore")
 def prompt_logits(model: Weights, prompt: Prompt, n_threads: int, progress: Progress | None = None) -> np.ndarray:
     """float32 [rows, vocab_size]: logits after the last tokens of a prompt, where there is no text to measure on."""
-    tally = _Tally(model, 1, progress)
+    tally = _Tally(model.config, 1, progress)
     logits = np.empty((prompt.rows, model.config.vocab_size), np.float32)
     with Walk([Stream(model, [prompt.tokens])], n_threads, tally.add) as walk:
         walk.embed()
@@ -228,13 +230,9 @@ def prompt_logits(model: Weights, prompt: Prompt, n_threads: int, progress: Prog
 class _Tally:
     """Weights that were used, told as progress."""
 
-    def __init__(self, weights: Weights, rounds: int, progress: Progress | None):
+    def __init__(self, config: LlamaConfig, rounds: int, progress: Progress | None):
         self._progress, self._done = progress, 0
-        config = weights.config
-        names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-        names += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-        layer = sum(int(np.prod(weights.shape(f"model.layers.0.{name}"))) for name in names)
-        self._total = rounds * (config.num_hidden_layers * layer + config.vocab_size * config.hidden_size)
+        self._total = rounds * (layer_weights(config) + config.vocab_size * config.hidden_size)
 
     def add(self, n: int) -> None:
         self._done += n
@@ -245,7 +243,7 @@ class _Tally:
 def windows_of(tokenizer: Tokenizer, text: str, vocab_size: int, ctx: int) -> list[Window]:
     """The windows to measure on, each begun with BOS where there is one, even if the tokenizer adds none.
 
-    Models that were only trained on chats know no text without it: MiniMind2's perplexity goes from 500 to 50,000.
+    Models that were only trained on chats know no text without it: MiniMind2's perplexity goes from 72 to 50,000.
     """
     ids, bos = encode_text(tokenizer, text, vocab_size)
     if bos is None and tokenizer.bos_id is not None and tokenizer.bos_id < vocab_size:
@@ -299,6 +297,5 @@ def _open_source(
     origin = resolve(source, revision=revision, offline=offline)
     _, config = read_config(origin.folder)
     files = as_llama_files(read_files(origin.folder), model_type_of(origin.folder))
-    has_tokenizer = {"tokenizer.json", "tokenizer.model"} & set(files)
     checkpoint = stack.enter_context(open_checkpoint(origin.folder, config))
-    return CheckpointWeights(config, checkpoint), load_tokenizer(files, config) if has_tokenizer else None
+    return CheckpointWeights(config, checkpoint), load_tokenizer(files, config) if has_tokenizer(files) else None

@@ -22,12 +22,13 @@ from edgellama import __version__
 from edgellama.backends.cpu.threads import default_threads
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError, TokenizerError
-from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, model_tensors
+from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, has_tokenizer, model_tensors
 from edgellama.format.schema import LM_HEAD_BITS
 from edgellama.format.writer import check_replaceable
 from edgellama.quant import GROUP_SIZE, padded_shape
+from edgellama.sizing import layer_weights
 
-from .calibration import BUILTIN, SELF, SEQUENCE_TOKENS, SMALL_MODEL, Calibration, CalibrationText, layer_weights
+from .calibration import BUILTIN, SELF, SEQUENCE_TOKENS, SMALL_MODEL, Calibration, CalibrationText
 from .checkpoint import Checkpoint, SourceTensor, read_small
 from .gptq import CalibratedLayers, WorkFolder, memory_needed, work_folder_of
 from .names import Plan, plan_tensors, refuse_untied
@@ -99,7 +100,7 @@ def convert(
         names = [calibration] if isinstance(calibration, str | os.PathLike) else calibration
         text = CalibrationText(names, calibration_tokens)
     origin = resolve(source, revision=revision, token=token, offline=offline)
-    destination = Path(f"{origin.name.rsplit('/', 1)[-1]}{SUFFIX}" if out is None else out)
+    destination = _destination(origin.name, out)
     check_destination(destination)
     source_raw, source_config = read_config(origin.folder)
     source_files = read_files(origin.folder)
@@ -127,10 +128,10 @@ def convert(
         extra: dict[str, Any] = {}
         work_started = time.perf_counter()
         work.compare_tied()
+        raw_files = _hashed_files(origin.folder, source_files)
         if text is not None:
             check_calibration_memory(max_ram, memory_needed(config, SEQUENCE_TOKENS))
-            state = _work_state(checkpoint, _hashed_files(origin.folder, source_files), text, lm_head_bits)
-            state["changes"] = list(model.changes)
+            state = _work_state(checkpoint, raw_files, text, lm_head_bits, model.changes)
             folder = stack.enter_context(WorkFolder(destination, state))
             used = _calibration_ids(text, folder, origin.folder, config, files, max_ram, n_threads)
             extra["calibration"] = used.summary()
@@ -167,7 +168,7 @@ def convert(
                     progress=receipt_progress,
                 )
                 warnings += measured.warnings
-            provenance = _provenance(origin, checkpoint, raw_files=_hashed_files(origin.folder, source_files))
+            provenance = _provenance(origin, checkpoint, raw_files)
             if model.changes:
                 provenance["changes"] = list(model.changes)
             writer.finish(files, provenance, measured.stored)
@@ -205,8 +206,12 @@ def convert(
 def is_begun(source: str | os.PathLike[str], out: str | os.PathLike[str] | None) -> bool:
     """Whether calibrated work for this conversion waits to be finished."""
     path = Path(source).expanduser()
-    name = path.resolve().name if path.is_dir() else str(source).rsplit("/", 1)[-1]
-    return work_folder_of(Path(f"{name}{SUFFIX}" if out is None else out)).is_dir()
+    return work_folder_of(_destination(path.resolve().name if path.is_dir() else str(source), out)).is_dir()
+
+
+def _destination(name: str, out: str | os.PathLike[str] | None) -> Path:
+    """`out`, or by default a file here that is named after the source: the last part of a hub id."""
+    return Path(f"{name.rsplit('/', 1)[-1]}{SUFFIX}" if out is None else out)
 
 
 class _Conversion:
@@ -323,10 +328,6 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {name: read_small(folder / name, MAX_FILE_BYTES) for name in FILE_NAMES if (folder / name).exists()}
 
 
-def has_tokenizer(files: Mapping[str, bytes]) -> bool:
-    return "tokenizer.json" in files or "tokenizer.model" in files
-
-
 def check_tokenizer(files: Mapping[str, bytes], config: LlamaConfig) -> list[str]:
     """Load the tokenizer once, so that a damaged one is refused now (TokenizerError); warnings otherwise."""
     from edgellama.tokenizer import load_tokenizer
@@ -347,7 +348,11 @@ def check_tokenizer(files: Mapping[str, bytes], config: LlamaConfig) -> list[str
 
 
 def _work_state(
-    checkpoint: Checkpoint, raw_files: Mapping[str, bytes], text: CalibrationText, lm_head_bits: int
+    checkpoint: Checkpoint,
+    raw_files: Mapping[str, bytes],
+    text: CalibrationText,
+    lm_head_bits: int,
+    changes: Sequence[str],
 ) -> dict[str, Any]:
     """What unfinished work depends on: with any of this different, it is begun anew."""
     return {
@@ -356,6 +361,7 @@ def _work_state(
         "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in raw_files.items()},
         "calibration": text.state(),
         "lm_head_bits": lm_head_bits,
+        "changes": list(changes),
     }
 
 

@@ -21,7 +21,9 @@ import xxhash
 from edgellama import golden
 from edgellama.config import LlamaConfig
 from edgellama.errors import EdgellamaError, TokenizerError
+from edgellama.format import has_tokenizer
 from edgellama.perplexity import Window
+from edgellama.sizing import layer_weights
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 
 from .comparison import Comparison, NotFinite, Prompt, measure, prompt_logits, windows_of
@@ -99,7 +101,7 @@ def heldout_text() -> str:
 
 def _text(files: Mapping[str, bytes], config: LlamaConfig) -> tuple[Tokenizer | None, list[Window], list[str]]:
     """The model's tokenizer and the sample in its tokens; a warning where there is none."""
-    if not {"tokenizer.json", "tokenizer.model"} & set(files):
+    if not has_tokenizer(files):
         return None, [], ["no quality figures are stored: without a tokenizer there is no text to measure them on"]
     tokenizer = load_tokenizer(files, config)
     try:
@@ -107,7 +109,8 @@ def _text(files: Mapping[str, bytes], config: LlamaConfig) -> tuple[Tokenizer | 
         windows = windows_of(tokenizer, heldout_text(), config.vocab_size, min(CTX, config.max_position_embeddings))
     except (TokenizerError, EdgellamaError, ValueError) as error:
         return tokenizer, [], [f"no quality figures are stored: {error}"]
-    return tokenizer, _sample(windows, _weights(config)), []
+    weights = layer_weights(config) + config.vocab_size * config.hidden_size
+    return tokenizer, _sample(windows, weights), []
 
 
 def _sample(windows: list[Window], weights: int) -> list[Window]:
@@ -118,13 +121,6 @@ def _sample(windows: list[Window], weights: int) -> list[Window]:
     """
     n = min(max(1, MAX_WORK // (weights * len(windows[0].tokens))), MAX_WINDOWS, len(windows))
     return [windows[i * len(windows) // n] for i in range(n)]
-
-
-def _weights(config: LlamaConfig) -> int:
-    """Of the matrices that every token is multiplied with."""
-    attention = 2 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
-    layer = config.hidden_size * (attention + 3 * config.intermediate_size)
-    return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
 
 
 def working_bytes(config: LlamaConfig, tokens: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError
+from edgellama.format import has_tokenizer
 from edgellama.tokenizer import load_tokenizer
 from edgellama.tokenizer.settings import parse_json_object
 
@@ -81,7 +82,7 @@ def add_padding(model: Model, token: str) -> Model:
     """
     if not token or len(token) > 100:
         raise ConvertError("the pad token must have 1 to 100 characters")
-    if not {"tokenizer.json", "tokenizer.model"} & set(model.files):
+    if not has_tokenizer(model.files):
         raise ConvertError("a pad token can only be added where there is a tokenizer; this checkpoint has none")
     before = load_tokenizer(model.files, model.config)
     known = before.token_to_id(token)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgellama.cli import console, options
-from edgellama.cli.progress import GETTING_READY, Progress
+from edgellama.cli.progress import conversion_progress
 
 _DESCRIPTION = "Make one .edgellama file from a Hugging Face Llama checkpoint."
 _EPILOG = """\
@@ -38,11 +38,8 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("source", metavar="SOURCE", help="a hub id (org/name) or a local folder with safetensors")
     parser.add_argument("-o", "--out", metavar="OUT", help="default: the source's last part + .edgellama, here")
-    parser.add_argument(
-        "--method",
-        default="auto",
-        choices=("auto", "search", "gptq", "rtn"),
-        help="gptq (calibrated: best, slow), search, rtn (plain rounding); auto (default): gptq for small models",
+    options.add_method(
+        parser, "gptq (calibrated: best, slow), search, rtn (plain rounding); auto (default): gptq for small models"
     )
     parser.add_argument(
         "--calibration",
@@ -97,16 +94,8 @@ def run(args: argparse.Namespace) -> int:
     from edgellama_convert import convert
     from edgellama_convert.conversion import is_begun
 
-    with (
-        Progress("convert", unit="weights", quiet=args.quiet, ready_line=GETTING_READY) as progress,
-        Progress("measure", unit="weights", quiet=args.quiet) as measured,
-    ):
-
-        def measuring(done: int, total: int) -> None:
-            progress.close()
-            measured.update(done, total)
-
-        try:
+    try:
+        with conversion_progress(args.quiet) as (progress, receipt_progress):
             report = convert(
                 args.source,
                 args.out,
@@ -118,18 +107,16 @@ def run(args: argparse.Namespace) -> int:
                 revision=args.revision,
                 offline=args.offline,
                 n_threads=args.threads,
-                progress=progress.update,
+                progress=progress,
                 receipt=not args.no_receipt,
-                receipt_progress=measuring,
+                receipt_progress=receipt_progress,
                 add_pad_token=args.add_pad_token,
                 num_key_value_heads=args.num_key_value_heads,
             )
-        except KeyboardInterrupt:
-            progress.close()
-            measured.close()
-            kept = "; the same command goes on from here" if is_begun(args.source, args.out) else ""
-            console.note(f"edgellama: interrupted; nothing was written{kept}")
-            return 130
+    except KeyboardInterrupt:
+        kept = "; the same command goes on from here" if is_begun(args.source, args.out) else ""
+        console.note(f"edgellama: interrupted; nothing was written{kept}")
+        return 130
     if args.json:
         console.say_json(report.to_dict())
         return 0
@@ -188,6 +175,7 @@ def _ignored(tensors: Mapping[str, str]) -> list[str]:
 
 
 def _next(report) -> str:
+    from edgellama.format import has_tokenizer
+
     path = console.shell_path(report.out)
-    has_tokenizer = {"tokenizer.json", "tokenizer.model"} & set(report.files)
-    return f'generate {path} -p "Once upon a time"' if has_tokenizer else f"info {path}"
+    return f'generate {path} -p "Once upon a time"' if has_tokenizer(report.files) else f"info {path}"

@@ -140,6 +140,10 @@ def read_prompt(text: str) -> str:
     return prompt.removesuffix("\n").removesuffix("\r")
 
 
+def add_method(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--method", default="auto", choices=("auto", "search", "gptq", "rtn"), help=what)
+
+
 def read_text(path: str) -> str:
     """The text of a UTF-8 file, or of stdin for "-"."""
     if path == "-":

@@ -3,12 +3,15 @@
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from edgellama.cli import console
 
 _LINES = 10
 _MARGIN = 4  # the terminal shows ^C after the bar: on its line, where it goes with the bar
+Update = Callable[[int, int], None]
 GETTING_READY = "getting ready (a few seconds more on a machine's first run)"
 
 
@@ -82,3 +85,18 @@ class Progress:
         left = spent * (total - done) / max(done - self._first[0], 1)
         if spent >= 1 or left >= 1:  # what is over at once needs no log
             console.note(f"{self._what}: {done * 100 // total} %, {console.seconds(left)} left")
+
+
+@contextmanager
+def conversion_progress(quiet: bool) -> Iterator[tuple[Update, Update]]:
+    """What `convert` takes as `progress` and `receipt_progress`: a bar, and another once measuring begins."""
+    with (
+        Progress("convert", unit="weights", quiet=quiet, ready_line=GETTING_READY) as converted,
+        Progress("measure", unit="weights", quiet=quiet) as measured,
+    ):
+
+        def measuring(done: int, total: int) -> None:
+            converted.close()
+            measured.update(done, total)
+
+        yield converted.update, measuring

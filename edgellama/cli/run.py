@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from edgellama.cli import chat, console, options
-from edgellama.cli.progress import GETTING_READY, Progress
+from edgellama.cli.progress import conversion_progress
 from edgellama.errors import ConvertError
 
 _DESCRIPTION = "Run a model from a file, your model folder, or the Hugging Face hub."
@@ -29,12 +29,7 @@ def add_parser(subparsers) -> None:
     )
     options.add_model(parser, "an .edgellama file, a stored name, a hub id or a checkpoint folder")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
-    parser.add_argument(
-        "--method",
-        default="auto",
-        choices=("auto", "search", "gptq", "rtn"),
-        help="how it is converted on its first use, see `edgellama convert` (default auto)",
-    )
+    options.add_method(parser, "how it is converted on its first use, see `edgellama convert` (default auto)")
     chat.add_options(parser)
     parser.set_defaults(run=run, parser=parser)
 
@@ -71,23 +66,15 @@ def _convert(model: str, path: Path, args: argparse.Namespace) -> None:
 
     if not args.quiet:
         console.note(f"first use of {model}: converting it")
-    with (
-        Progress("convert", unit="weights", quiet=args.quiet, ready_line=GETTING_READY) as progress,
-        Progress("measure", unit="weights", quiet=args.quiet) as measured,
-    ):
-
-        def measuring(done: int, total: int) -> None:
-            progress.close()
-            measured.update(done, total)
-
+    with conversion_progress(args.quiet) as (progress, receipt_progress):
         report = convert(
             model,
             path,
             method=args.method,
             offline=args.offline,
             n_threads=args.threads,
-            progress=progress.update,
-            receipt_progress=measuring,
+            progress=progress,
+            receipt_progress=receipt_progress,
         )
     if not args.quiet:
         name = path.name.removesuffix(".edgellama")

@@ -16,7 +16,7 @@ The sole owner of file bytes. `FORMAT.md` beside this file is the specification;
 
 from .edit import append_metadata, recover
 from .layout import GROUP_SIZE, LAYOUTS, ROW_BLOCK, Layout
-from .metadata import FILE_NAMES
+from .metadata import FILE_NAMES, has_tokenizer
 from .reader import ModelFile, open_model
 from .schema import TensorSpec, model_tensors
 from .validate import TensorEntry
@@ -33,6 +33,7 @@ __all__ = [
     "TensorEntry",
     "TensorSpec",
     "append_metadata",
+    "has_tokenizer",
     "model_tensors",
     "open_model",
     "recover",

@@ -41,6 +41,12 @@ FILE_NAMES = (
 )
 """The files a model may carry. A reader skips others: a later minor version may add some."""
 
+
+def has_tokenizer(files: Iterable[str]) -> bool:
+    """Whether one of these files says how text becomes ids."""
+    return not {"tokenizer.json", "tokenizer.model"}.isdisjoint(files)
+
+
 CHUNK = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 

@@ -15,9 +15,10 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from edgellama.backends.layerwise import rotate
+from edgellama.backends import check_batch
 from edgellama.backends.reference import ReferenceBackend
 from edgellama.errors import TokenizerError
+from edgellama.rope import cos_sin
 from edgellama.tokenizer import Tokenizer, load_tokenizer
 from edgellama.tokenizer.token_bytes import token_bytes_function
 
@@ -134,52 +135,22 @@ def _opened(
     return source.file, source.tokenizer, f"{source.file.path.stem}: "
 
 
-class _Found(Exception):
-    """The queries of the wanted layer are there; no need to go on."""
-
-
-class _Queries(ReferenceBackend):
-    """A reference that stops behind one layer's keys and keeps its queries: float32 [T, heads * head_dim]."""
-
-    def __init__(self, model_file: ModelFile, n_ctx: int, layer: int):
-        super().__init__(model_file, n_ctx)
-        self._wanted = f"model.layers.{layer}.self_attn"
-        self.queries = np.zeros(0, np.float32)
-
-    def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
-        if name == f"{self._wanted}.o_proj":
-            raise _Found
-        y = super()._linear(x, name)
-        if name == f"{self._wanted}.q_proj":
-            self.queries = y
-        return y
-
-    def weights(self, layer: int, positions: np.ndarray) -> np.ndarray:
-        """float32 [heads, T, T], of the first T positions of slot 0."""
-        config, n = self.config, len(positions)
-        cos, sin = self._cos_sin(positions, np.zeros(n, np.int32))
-        q = rotate(self._heads(self.queries), cos, sin).swapaxes(0, 1)  # [heads, T, head_dim]
-        k = self._keys[layer, 0, :n].swapaxes(0, 1)  # [kv_heads, T, head_dim]
-        k = np.repeat(k, config.num_attention_heads // config.num_key_value_heads, axis=0)
-        scores = q @ k.swapaxes(1, 2) * np.float32(config.head_dim**-0.5)
-        scores[:, ~np.tri(n, dtype=bool)] = -np.inf
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        return weights / weights.sum(axis=-1, keepdims=True)
-
-
 def attention_weights(model_file: ModelFile, ids: Sequence[int], layer: int) -> np.ndarray:
     """float32 [heads, T, T]: how much each token looks at each, in one layer (0 is the first); rows sum to 1."""
     n_layers = model_file.config.num_hidden_layers
     if not 0 <= layer < n_layers:
         raise ValueError(f"layer {layer} is not there: the model has layers 0 to {n_layers - 1}")
     n = len(ids)
-    positions, slots = np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
-    backend = _Queries(model_file, n, layer)
-    try:
-        backend.hidden(np.asarray(ids, np.int32), positions, slots, positions[-1:])
-    except _Found:
-        return backend.weights(layer, positions)
-    raise AssertionError("no layer was found")
+    backend = ReferenceBackend(model_file, n)
+    tokens, places, slots, _ = check_batch(
+        ids, np.arange(n), np.zeros(n, np.int32), [], vocab_size=model_file.config.vocab_size, backend=backend
+    )
+    each = backend.layers(places, slots, *cos_sin(model_file.config, places, n))
+    x = each.embed(tokens)
+    for i in range(layer):
+        x, _ = each.layer(i, x)
+    _, weights = each.layer(layer, x, with_weights=True)
+    return weights[0]
 
 
 def token_labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -10,7 +10,6 @@ Knows the order of things; `layer` has the forward pass, `solve` the arithmetic 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 
@@ -19,8 +18,9 @@ import numpy as np
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError
 from edgellama.quant import dequantize, pack_int4, pack_scales, unpack_int4, unpack_int8, unpack_scales
+from edgellama.sizing import layer_weights
 
-from ..checkpoint import STORED, Checkpoint, SourceTensor, to_float32
+from ..checkpoint import STORED, Checkpoint, SourceTensor, row_slabs, to_float32
 from ..names import EMBEDDING
 from ..pipeline import TensorError, bad_weight
 from ..quantizers import quantize
@@ -78,8 +78,8 @@ class CalibratedLayers:
         inputs = f"x-{done:05d}.source", f"x-{done:05d}.quantized"
         if done < layers and any(self._work.nbytes(name) != nbytes for name in inputs):
             done = 0
-        for i in range(done):
-            self._on_weights(sum(math.prod(self._tensor(i, name).shape) for name in MATRICES))
+        for _ in range(done):
+            self._on_weights(layer_weights(self._config) // layers)
         with (
             threads(self._n_threads) as pool,
             np.errstate(over="ignore", invalid="ignore"),  # `_quantize` looks at what comes of it
@@ -138,8 +138,7 @@ class CalibratedLayers:
             yield source, quantized
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
-        for first in range(0, self._ids.size, self._chunk):
-            yield first, min(first + self._chunk, self._ids.size)
+        return row_slabs(self._ids.size, self._chunk)
 
     # -- one layer -----------------------------------------------------------------------------------------------
 
@@ -152,6 +151,14 @@ class CalibratedLayers:
 
         def quantize(linears: Mapping[str, Linear], moments: Moments, of_output: bool) -> list[Linear]:
             return self._quantize(i, linears, moments, of_output, results, pool)
+
+        def inputs_of(before, models, norm: np.ndarray, combine: Callable[..., np.ndarray]) -> list[np.ndarray]:
+            """What goes into o or down, from the residual streams of both models."""
+            inputs = []
+            for h, linears in zip(before, models, strict=True):
+                normed = parts.norm(h, norm)
+                inputs.append(combine(*(parts.linear(linear, normed) for linear in linears)))
+            return inputs
 
         def source_output(moments: Moments, linear: Linear, before, inputs) -> np.ndarray:
             """The source's residual stream after `linear`, counted in what the quantized model would lack of it."""
@@ -176,10 +183,7 @@ class CalibratedLayers:
             moments, output = Moments.zeros(width, hidden), self._linears(i, [O])
             for first, last in self._chunks():
                 before = [stream.read(first, last) for stream in x]
-                inputs = []
-                for h, linears in zip(before, models, strict=True):
-                    normed = parts.norm(h, norm)
-                    inputs.append(parts.attention(*(parts.linear(linear, normed) for linear in linears)))
+                inputs = inputs_of(before, models, norm, parts.attention)
                 attended.write(first, inputs[1])
                 middle[0].write(first, source_output(moments, output[O], before, inputs))
             (o,) = quantize(output, moments, of_output=True)
@@ -196,13 +200,10 @@ class CalibratedLayers:
             moments, output = Moments.zeros(wide, hidden), self._linears(i, [DOWN])
             for first, last in self._chunks():
                 before = [stream.read(first, last) for stream in middle]
-                inputs = []
-                for h, linears in zip(before, models, strict=True):
-                    normed = parts.norm(h, norm2)
-                    inputs.append(parts.gated(*(parts.linear(linear, normed) for linear in linears)))
+                inputs = inputs_of(before, models, norm2, parts.gated)
                 gated.write(first, inputs[1])
                 following[0].write(first, source_output(moments, output[DOWN], before, inputs))
-            del models, gate_up, qkv, before, normed, inputs  # memory is tightest now
+            del models, gate_up, qkv, before, inputs  # memory is tightest now
             (down,) = quantize(output, moments, of_output=True)
 
             for first, last in self._chunks():

@@ -10,11 +10,13 @@ from concurrent.futures import Executor
 
 import numpy as np
 
+from edgellama.backends.layerwise import rotate
 from edgellama.backends.reference import ACTIVATIONS
 from edgellama.config import LlamaConfig
 from edgellama.rope import cos_sin
 
-from .parts import each, each_part, spans
+from ..checkpoint import row_slabs
+from .parts import each, each_part
 
 _TILE = 512  # tokens, and rows of a matrix, of a product that is one thread's
 _NUMBERS = 1 << 18  # of whatever is done element by element, at a time
@@ -36,7 +38,9 @@ class Linear:
             if self.bias is not None:
                 here += self.bias[row:row_end]
 
-        places = [(*tokens, *rows) for tokens in spans(len(x), _TILE) for rows in spans(len(self.weight), _TILE)]
+        places = [
+            (*tokens, *rows) for tokens in row_slabs(len(x), _TILE) for rows in row_slabs(len(self.weight), _TILE)
+        ]
         each(pool, places, multiply)
         return y
 
@@ -46,7 +50,7 @@ class LayerMath:
 
     def __init__(self, config: LlamaConfig, seq_len: int, pool: Executor | None = None):
         self.config, self.seq_len, self._pool = config, seq_len, pool
-        self._cos, self._sin = (part[:, None, :] for part in cos_sin(config, np.arange(seq_len), seq_len))
+        self._cos, self._sin = cos_sin(config, np.arange(seq_len), seq_len)
         self._mask = np.triu(np.full((seq_len, seq_len), -np.inf, np.float32), 1)
 
     def linear(self, linear: Linear, x: np.ndarray) -> np.ndarray:
@@ -80,10 +84,11 @@ class LayerMath:
         """One sequence, one KV head and the query heads that share it."""
         config = self.config
         shape, shared = (self.seq_len, -1, config.head_dim), config.num_attention_heads // config.num_key_value_heads
-        keys = self._rotate(k.reshape(shape)[:, head : head + 1])[:, 0].T  # [head_dim, T]
+        keys = rotate(k.reshape(shape)[:, head : head + 1], self._cos, self._sin)[:, 0].T  # [head_dim, T]
         values = v.reshape(shape)[:, head]  # [T, head_dim]
         for i in range(head * shared, (head + 1) * shared):
-            scores = self._rotate(q.reshape(shape)[:, i : i + 1])[:, 0] @ keys
+            query = rotate(q.reshape(shape)[:, i : i + 1], self._cos, self._sin)[:, 0]
+            scores = query @ keys
             scores *= np.float32(config.head_dim**-0.5)
             scores += self._mask
             scores -= scores.max(axis=-1, keepdims=True)
@@ -100,8 +105,3 @@ class LayerMath:
 
         each_part(self._pool, len(gate), max(1, _NUMBERS // gate.shape[1]), some)
         return gate
-
-    def _rotate(self, x: np.ndarray) -> np.ndarray:
-        """Turn each pair (x[i], x[i + head_dim/2]) of x [T, heads, head_dim] by its position's angle."""
-        a, b = np.split(x, 2, axis=-1)
-        return np.concatenate([a * self._cos - b * self._sin, b * self._cos + a * self._sin], axis=-1)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 from threadpoolctl import threadpool_limits
 
+from ..checkpoint import row_slabs
+
 
 @contextmanager
 def threads(n: int) -> Iterator[Executor]:
@@ -20,15 +22,9 @@ def threads(n: int) -> Iterator[Executor]:
         yield pool
 
 
-def spans(n: int, size: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of parts of `size`, the last one shorter."""
-    for begin in range(0, n, size):
-        yield begin, min(begin + size, n)
-
-
 def each_part(pool: Executor | None, n: int, size: int, work: Callable[[int, int], None]) -> None:
     """`work(begin, end)` for each part, at once on the pool's threads; without a pool one after the other."""
-    each(pool, [(begin, end) for begin, end in spans(n, size)], work)
+    each(pool, list(row_slabs(n, size)), work)
 
 
 def each(pool: Executor | None, arguments: Sequence[tuple[int, ...]], work: Callable[..., None]) -> None:

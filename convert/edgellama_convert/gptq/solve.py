@@ -18,9 +18,10 @@ import numpy as np
 
 from edgellama.quant import GROUP_SIZE
 
+from ..checkpoint import row_slabs
 from ..scale_search import LANES
 from .kernels import quantize_group, refine_group
-from .parts import each, each_part, spans
+from .parts import each, each_part
 
 DAMPING = 0.05
 """Of the Hessian's mean diagonal, added to its diagonal: what calibration text cannot know."""
@@ -51,7 +52,7 @@ class Moments:
 
     def add(self, x: np.ndarray, lacks: np.ndarray, pool: Executor | None = None) -> None:
         """Count in inputs float32[tokens, in] and what is lacking, float32[tokens, lacking]."""
-        panels = list(spans(x.shape[1], PANEL))
+        panels = list(row_slabs(x.shape[1], PANEL))
 
         def count(row: int, row_end: int, begin: int, end: int) -> None:
             self.hessian[row:row_end, begin:end] += x[:, row:row_end].T @ x[:, begin:end]
@@ -65,7 +66,7 @@ class Moments:
 
     def complete(self) -> None:
         """Mirror the Hessian."""
-        for begin, end in spans(len(self.hessian), PANEL):
+        for begin, end in row_slabs(len(self.hessian), PANEL):
             self.hessian[begin:end, :begin] = self.hessian[:begin, begin:end].T
 
 
@@ -89,7 +90,7 @@ class Factor:
     def solve(self, b: np.ndarray) -> None:
         """b H^-1 in place of `b`, float32[rows, in]."""
         r = self.r
-        blocks = list(spans(len(r), _BLOCK))
+        blocks = list(row_slabs(len(r), _BLOCK))
         for (begin, end), inverse in zip(reversed(blocks), reversed(self.inverses), strict=True):
             b[:, begin:end] -= b[:, end:] @ r[begin:end, end:].T
             b[:, begin:end] = b[:, begin:end] @ inverse.T
@@ -119,7 +120,7 @@ def shift(weights: np.ndarray, lack: np.ndarray, of_output: bool) -> np.ndarray:
 def quantize_matrix(target: np.ndarray, factor: Factor, pool: Executor | None = None) -> Codes:
     """int4 codes and scales for float32[out, in] that keep the output close, over the inputs behind `factor`."""
     rows, k = target.shape
-    groups = list(spans(k, _BLOCK))
+    groups = list(row_slabs(k, _BLOCK))
     hessian, r = factor.hessian, factor.r
     diagonal = np.diagonal(r)
     importance = np.diagonal(hessian) / np.float32(np.diagonal(hessian).mean(dtype=np.float64))
@@ -151,7 +152,7 @@ def _factor(h: np.ndarray, pool: Executor | None) -> tuple[np.ndarray, list[np.n
     """(R, inverses of its diagonal blocks); block columns from the last to the first. LinAlgError: not positive."""
     r = np.zeros_like(h)
     inverses = []
-    for begin, end in reversed(list(spans(len(h), _BLOCK))):
+    for begin, end in reversed(list(row_slabs(len(h), _BLOCK))):
         here = slice(begin, end)
         column = np.empty((end, end - begin), np.float32)
 
