@@ -649,6 +649,18 @@ def test_ctrl_c_tells_that_it_goes_on(source, expected, tmp_path, capsys, monkey
     assert capsys.readouterr() == (f"{out}\n", "") and out.read_bytes() == expected and only(out)
 
 
+def test_which_models_are_calibrated_by_default(source, tmp_path, monkeypatch):
+    out = tmp_path / "m.edgellama"
+    small = convert(source, out, receipt=False)
+    monkeypatch.setattr(conversion_module, "SMALL_MODEL", 1000)
+    large = convert(source, out, receipt=False)
+    asked = [
+        convert(source, out, receipt=False, **options)
+        for options in ({"calibration": PROSE, "calibration_tokens": 256}, {"calibration_tokens": 256})
+    ]
+    assert [each.method for each in (small, large, *asked)] == ["gptq", "search", "gptq", "gptq"]
+
+
 # -- a real model --------------------------------------------------------------------------------------------------
 
 

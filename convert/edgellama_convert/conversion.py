@@ -68,7 +68,7 @@ def convert(
     *,
     method: str = AUTO,
     lm_head_bits: int = 8,
-    calibration: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = BUILTIN,
+    calibration: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     calibration_tokens: int | None = None,
     max_ram: int | None = None,
     revision: str | None = None,
@@ -83,20 +83,23 @@ def convert(
 ) -> ConvertReport:
     """Convert a hub id or a local folder into one `.edgellama` file, by default `./<name of the source>.edgellama`.
 
-    method: "rtn", "search" or "gptq", which is calibrated with about `calibration_tokens` tokens of text: "builtin",
-    "self" (the model's own), a text file or a folder of such, or several of these. It works in a hidden folder beside
-    `out`, and goes on there if it was killed. "auto" is "gptq" for models of up to `SMALL_MODEL` weights with
-    a tokenizer, which lose most and are done in minutes, and "search" for others. lm_head_bits: 4, 8 or 16, of a tied
-    embedding too. max_ram: bytes that the process may hold (RSS without pages of mapped files). progress(done, total)
-    counts weights. receipt: measure the result against the source and keep the figures in the file;
-    receipt_progress(done, total) tells how far that is. add_pad_token: a token with rows of zeros.
+    method: "rtn", "search" or "gptq", which is calibrated with about `calibration_tokens` tokens of text: "builtin"
+    (None), "self" (the model's own), a text file or a folder of such, or several of these. It works in a hidden folder
+    beside `out`, and goes on there if it was killed. "auto" is "gptq" where calibration is asked for, and for models of
+    up to `SMALL_MODEL` weights with a tokenizer, which lose most and are done in minutes; "search" for others.
+    lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that the process may hold (RSS without pages of
+    mapped files). progress(done, total) counts weights. receipt: measure the result against the source and keep the
+    figures in the file; receipt_progress(done, total) tells how far that is. add_pad_token: a token with rows of zeros.
     num_key_value_heads: average neighbouring heads of keys and values to so many. Raises ConvertError, ConfigError or
     TokenizerError; the destination is then what it was before, or absent.
     """
     started = time.perf_counter()
     n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)
+    if method == AUTO and (calibration is not None or calibration_tokens is not None):
+        method = GPTQ
     text = None
     if method in (GPTQ, AUTO):
+        calibration = BUILTIN if calibration is None else calibration
         names = [calibration] if isinstance(calibration, str | os.PathLike) else calibration
         text = CalibrationText(names, calibration_tokens)
     origin = resolve(source, revision=revision, token=token, offline=offline)

@@ -86,11 +86,8 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.calibration or args.calibration_tokens:
-        if args.method == "auto":
-            args.method = "gptq"
-        if args.method != "gptq":
-            args.parser.error(f"--method {args.method} is not calibrated: drop --calibration, or take --method gptq")
+    if args.method not in ("auto", "gptq") and (args.calibration or args.calibration_tokens):
+        args.parser.error(f"--method {args.method} is not calibrated: drop --calibration, or take --method gptq")
     from edgellama_convert import convert
     from edgellama_convert.conversion import is_begun
 
@@ -101,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
                 args.out,
                 method=args.method,
                 lm_head_bits=args.lm_head_bits,
-                calibration=args.calibration or "builtin",
+                calibration=args.calibration,
                 calibration_tokens=args.calibration_tokens,
                 max_ram=args.max_ram,
                 revision=args.revision,
