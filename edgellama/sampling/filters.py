@@ -4,7 +4,8 @@ Candidates are at first the whole vocabulary, by rising id; `top_k` sorts by fal
 goes first, so results do not depend on how a NumPy version sorts. Nothing here sorts a whole vocabulary: a threshold
 decides about most, and only what is near it is sorted (128,000 logits: 7 us to compare, 6 ms to sort).
 
-Sums are float64; weights of many candidates are float32, whose error of 1e-7 is far below what logits mean.
+Sums are float64, but for products, float32 in blocks of 512 and good to 1e-8; weights of many candidates are float32,
+whose error of 1e-7 is far below what logits mean.
 """
 
 import math
@@ -18,7 +19,20 @@ _FEW = 4096  # sorting so many is cheaper than avoiding it
 _BLOCK = 512
 _SAMPLES = 1024
 _HEAD = 256
+_HEAD_MASS = 1024  # in weights of the most probable: more than a head holds
+_NEVER = -1e4  # the logarithm of a probability that float64 still rounds to 0
 _TINY = 1e-30  # as a temperature as good as 0; float32 still divides by it
+
+_vocabularies: dict[int, np.ndarray] = {}
+
+
+def whole(size: int) -> np.ndarray:
+    """The ids of a whole vocabulary, int [size], read-only: always the same array, by which filters know it."""
+    if size not in _vocabularies:
+        ids = np.arange(size)
+        ids.flags.writeable = False
+        _vocabularies.setdefault(size, ids)
+    return _vocabularies[size]
 
 
 def top_k(logits: np.ndarray, k: int) -> Candidates:
@@ -65,9 +79,9 @@ def top_n_sigma(ids: np.ndarray, logits: np.ndarray, n: float) -> Candidates:
 
 
 def _fast_std(logits: np.ndarray) -> float:
-    """float32 differences, float64 sums."""
-    mean = logits.sum(dtype=np.float64) / logits.size
-    return math.sqrt(np.square(logits - np.float32(mean)).sum(dtype=np.float64) / logits.size)
+    """Of float32 differences."""
+    away = logits - np.float32(_sum(logits) / logits.size)
+    return math.sqrt(_dot(away, away) / logits.size)
 
 
 def typical_p(ids: np.ndarray, logits: np.ndarray, mass: float) -> Candidates:
@@ -80,11 +94,16 @@ def typical_p(ids: np.ndarray, logits: np.ndarray, mass: float) -> Candidates:
     shifted = _shifted(logits)
     weights = np.exp(shifted)
     total = _sum(weights)
-    # From -inf to a number whose probability is 0 all the same: 0 * -inf would be no number.
-    logprobs = np.maximum(shifted - math.log(total), -1e4)
-    surprise = -_sum(weights * logprobs) / total
-    typicality = -np.abs(logprobs + surprise)
-    cut, _ = _cut(typicality, weights, mass * total)
+    logprobs = shifted
+    logprobs -= math.log(total)
+    if logprobs.min() < _NEVER:  # probability 0: a number, for 0 * -inf would be none
+        np.maximum(logprobs, _NEVER, out=logprobs)
+    surprise = -_dot(weights, logprobs) / total
+    typicality = logprobs
+    typicality += surprise
+    np.abs(typicality, out=typicality)
+    np.negative(typicality, out=typicality)
+    cut, _ = _cut(typicality, weights, total, mass * total)
     return _where(ids, logits, typicality >= cut)
 
 
@@ -93,8 +112,9 @@ def top_p(ids: np.ndarray, logits: np.ndarray, p: float) -> Candidates:
     if p >= 1 or ids.size == 1:
         return ids, logits
     weights = _weights(logits)
-    target = p * _sum(weights)
-    cut, above = _cut(logits, weights, target)
+    total = _sum(weights)
+    target = p * total
+    cut, above = _cut(logits, weights, total, target)
     keep = logits > cut
     equal = np.flatnonzero(logits == cut)
     needed = np.searchsorted(above + np.cumsum(weights[equal], dtype=np.float64), target) + 1
@@ -148,7 +168,9 @@ def _quantile(cumulative: np.ndarray, value: float) -> int:
 
 def _where(ids: np.ndarray, logits: np.ndarray, keep: np.ndarray) -> Candidates:
     kept = np.flatnonzero(keep)
-    return (ids, logits) if kept.size == ids.size else (ids.take(kept), logits.take(kept))
+    if kept.size == ids.size:
+        return ids, logits
+    return (kept if ids is _vocabularies.get(ids.size) else ids.take(kept)), logits.take(kept)
 
 
 def _shifted(logits: np.ndarray) -> np.ndarray:
@@ -166,30 +188,39 @@ def _weights(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return np.exp(shifted)
 
 
-def _cut(keys: np.ndarray, weights: np.ndarray, target: float) -> tuple[float, float]:
+def _cut(keys: np.ndarray, weights: np.ndarray, total: float, target: float) -> tuple[float, float]:
     """(cut, above): going through falling keys, the sum of weights reaches `target` at key `cut`; `above` is the weight
-    of all larger keys.
+    of all larger keys. No weight is above 1, `total` is their sum.
 
     Keys are narrowed to an interval around the cut until few are left to sort.
     """
     above = 0.0
-    while keys.size > _FEW:
+    if keys.size > _FEW and target <= _HEAD_MASS:  # so few may reach it: a distribution with a head
         pool = np.flatnonzero(keys >= _floor_of_top(keys, _HEAD))
-        if above + _sum(weights[pool]) < target:  # a flat distribution
-            low, high = _guess_interval(keys, weights, target - above)
-            is_above = keys > high
-            beyond = above + _sum(weights * is_above)
-            if beyond >= target:
-                pool = np.flatnonzero(is_above)
+        head = weights.take(pool)
+        if _sum(head) >= target:
+            keys, weights, total = keys.take(pool), head, _sum(head)
+    while keys.size > _FEW:
+        low, high = _guess_interval(keys, weights, min((target - above) / max(total, _TINY), 1.0))
+        is_above = keys > high
+        beyond = _dot(weights, is_above.astype(np.float32))
+        if above + beyond >= target:
+            pool = np.flatnonzero(is_above)
+            total = beyond
+        else:
+            above += beyond
+            inside = keys >= low
+            inside ^= is_above
+            pool = np.flatnonzero(inside)
+            held = _sum(weights.take(pool))
+            if above + held < target and keys.min() < low:
+                above += held
+                pool = np.flatnonzero(keys < low)
+                total -= beyond + held
+            elif low == high:
+                return low, above
             else:
-                above = beyond
-                pool = np.flatnonzero((keys >= low) & ~is_above)
-                inside = _sum(weights[pool])
-                if above + inside < target and keys.min() < low:
-                    above += inside
-                    pool = np.flatnonzero(keys < low)
-                elif low == high:
-                    return low, above
+                total = held
         if pool.size == keys.size:
             break
         keys, weights = keys.take(pool), weights.take(pool)
@@ -200,16 +231,33 @@ def _cut(keys: np.ndarray, weights: np.ndarray, target: float) -> tuple[float, f
     return cut, (float(cumulative[larger - 1]) if larger else above)
 
 
-def _guess_interval(keys: np.ndarray, weights: np.ndarray, target: float) -> tuple[float, float]:
-    """(low, high), keys between which the cut probably is, by a sample. A wrong guess costs time, nothing else."""
+def _guess_interval(keys: np.ndarray, weights: np.ndarray, share: float) -> tuple[float, float]:
+    """(low, high), keys between which the sum of weights probably reaches `share` of itself, by a sample.
+
+    A wrong guess costs time, nothing else.
+    """
     step = keys.size // _SAMPLES
-    order = np.argsort(-keys[::step])
-    sample, cumulative = keys[::step][order], np.cumsum(weights[::step][order], dtype=np.float64)
-    guess = int(np.searchsorted(cumulative * (_sum(weights) / max(cumulative[-1], _TINY)), target))
-    margin = 3 * math.isqrt(_SAMPLES) // 2  # three standard deviations of a sample's median
-    low = sample[guess + margin] if guess + margin < sample.size else -math.inf
-    return low, sample[guess - margin] if guess >= margin else math.inf
+    sample = keys[::step]
+    order = np.argsort(-sample)
+    sample, taken = sample[order], weights[::step][order]
+    cumulative = np.cumsum(taken, dtype=np.float64)
+    held = max(float(cumulative[-1]), _TINY)
+    # The standard deviation of a ratio of two sums over a sample. Two of them each way: three would leave half
+    # as much again to go through each time, and seldom be needed.
+    squares = np.cumsum(np.square(taken), dtype=np.float64)
+    at = min(int(np.searchsorted(cumulative, share * held)), sample.size - 1)
+    sigma = math.sqrt((1 - share) ** 2 * squares[at] + share**2 * (squares[-1] - squares[at]))
+    below = int(np.searchsorted(cumulative, share * held + 2 * sigma))
+    over = int(np.searchsorted(cumulative, share * held - 2 * sigma)) - 1
+    return sample[below] if below < sample.size else -math.inf, sample[over] if over >= 0 else math.inf
 
 
 def _sum(weights: np.ndarray) -> float:
     return float(weights.sum(dtype=np.float64))
+
+
+def _dot(weights: np.ndarray, values: np.ndarray) -> float:
+    """The sum of products: float32 in blocks, too short for BLAS to share them out to threads, float64 across them."""
+    end = weights.size - weights.size % _BLOCK
+    blocks = np.vecdot(weights[:end].reshape(-1, _BLOCK), values[:end].reshape(-1, _BLOCK))
+    return _sum(blocks) + float(np.vecdot(weights[end:], values[end:]))

@@ -214,4 +214,4 @@ class Sampler:
             if index >= size:
                 raise ValueError(f"{name} names token {index}, but the vocabulary has {size} tokens")
         self._eos = self._eos[self._eos < size]
-        self._vocab = np.arange(size)
+        self._vocab = filters.whole(size)
