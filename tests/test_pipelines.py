@@ -161,6 +161,9 @@ def test_generation_config():
     assert llm.generate("ab", do_sample=False, max_length=9, stop_strings=["d"]).text == "c"
     assert llm.generate("ab", do_sample=False, max_new_tokens=1, suppress_tokens=[4]).text != "c"
     assert llm.generate("ab", do_sample=False, max_new_tokens=1, sequence_bias={(10,): 50.0}).text == "i"
+    biases = [[[4, 10], 50.0], [[4, 10, 5], 60.0], [[4, 11], 70.0]]
+    for options in ({"sequence_bias": biases}, {"generation_config": {"sequence_bias": biases}}):
+        assert llm.generate("ab", 3, do_sample=False, **options).text == "cid"
     for cache in ("static", "dynamic"):
         out = llm.generate("ab", do_sample=False, max_new_tokens=1, cache_implementation=cache, use_cache=True)
         assert out.text == "c"
@@ -174,7 +177,7 @@ def test_generation_config():
         ({"generation_config": 5}, TypeError, "a dict or a GenerationConfig"),
         ({"generation_config": {"penalty_alpha": 0.6}}, ValueError, "penalty_alpha is not supported"),
         ({"generation_config": {"temperature": -1.0, "do_sample": True}}, ValueError, "temperature"),
-        ({"generation_config": {"sequence_bias": {(1, 2): 1.0}}}, ValueError, "several tokens"),
+        ({"generation_config": {"sequence_bias": {(1, "b"): 1.0}}}, ValueError, "each id in sequence_bias"),
         ({"cache_implementation": "quantized"}, ValueError, "cache_implementation"),
         ({"max_length": 2}, ValueError, "leaves nothing"),
         ({"max_length": "x"}, TypeError, "max_length"),

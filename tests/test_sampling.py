@@ -175,6 +175,13 @@ def test_override_keeps_what_is_none():
         ({"logit_bias": [1]}, TypeError),
         ({"logit_bias": {"5": 1.0}}, TypeError),
         ({"logit_bias": {5: float("inf")}}, ValueError),
+        ({"sequence_bias": 5}, TypeError),
+        ({"sequence_bias": [[1, 2], [3]]}, TypeError),
+        ({"sequence_bias": {5: 1.0}}, TypeError),
+        ({"sequence_bias": {(): 1.0}}, ValueError),
+        ({"sequence_bias": {(1, -1): 1.0}}, ValueError),
+        ({"sequence_bias": {(1, 2): "x"}}, TypeError),
+        ({"sequence_bias": [[[1, 2], float("inf")]]}, ValueError),
         ({"bad_words_ids": [5]}, TypeError),
         ({"bad_words_ids": [[]]}, ValueError),
         ({"bad_words_ids": [[-1]]}, ValueError),
@@ -196,9 +203,11 @@ def test_sequences_are_kept_as_tuples():
 @pytest.mark.parametrize("do_sample", [None, True, False])
 def test_a_models_own_penalties_are_taken(do_sample):
     raw = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "bad_words_ids": [[5], [6, 7]], "min_new_tokens": 2}
+    raw["sequence_bias"] = [[[5, 6], -1.5]]
     params = SamplingParams.from_generation_config({**raw, "do_sample": do_sample})
     assert (params.repetition_penalty, params.no_repeat_ngram_size) == (1.1, 3)
     assert (params.bad_words_ids, params.min_new_tokens) == (((5,), (6, 7)), 2)
+    assert params.sequence_bias == {(5, 6): -1.5}
     assert params.temperature == {None: 0.8, True: 1.0, False: 0.0}[do_sample]
 
 

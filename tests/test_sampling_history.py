@@ -107,6 +107,19 @@ def test_bad_words_are_never_completed():
     drive(GREEDY | {"bad_words_ids": bad}, 200, 5, check, eos_ids={7})
 
 
+def test_sequence_biases_add_up_where_the_others_were_said():
+    biases = {(3,): 0.5, (1, 3): -2.0, (1, 2): 1.25, (4, 1, 2): 4.0, (8, 8): -math.inf, (5, 1, 6): 8.0, (1, 6): 0.25}
+
+    def check(ids, prompt_size, logits, result):
+        expected = logits.copy()
+        for index in range(VOCAB):
+            text = (*ids, index)
+            expected[index] += sum(bias for each, bias in biases.items() if text[-len(each) :] == each)
+        np.testing.assert_array_equal(result, expected)
+
+    drive(GREEDY | {"sequence_bias": biases}, 300, 0, check)
+
+
 def test_min_new_tokens_holds_eos_back():
     sampler = Sampler(SamplingParams(temperature=0, min_new_tokens=2), prompt_ids=[1, 2, 3], eos_ids={0, 2})
     logits = np.array([9, 1, 8, 2], np.float32)
@@ -221,7 +234,13 @@ def test_mirostat_does_not_learn_from_forced_tokens():
 
 EVERYTHING = {"top_k": 50, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.9, "top_n_sigma": 3.0, "xtc_probability": 0.5}
 EVERYTHING |= {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.1, "no_repeat_ngram_size": 4}
-EVERYTHING |= {"dry_multiplier": 0.8, "logit_bias": {3: 1.0}, "bad_words_ids": [[4], [5, 6]], "min_new_tokens": 5}
+EVERYTHING |= {
+    "dry_multiplier": 0.8,
+    "logit_bias": {3: 1.0},
+    "sequence_bias": {(7, 3): 2.0},
+    "bad_words_ids": [[4], [5, 6]],
+    "min_new_tokens": 5,
+}
 
 
 @pytest.mark.parametrize("mirostat", [0, 2])
@@ -302,7 +321,9 @@ def test_bans_of_everything_are_said():
         Sampler(SamplingParams(bad_words_ids=[[0], [1]]))(np.zeros(2, np.float32))
 
 
-@pytest.mark.parametrize("values", [{"logit_bias": {4: 1.0}}, {"bad_words_ids": [[1, 9]]}])
+@pytest.mark.parametrize(
+    "values", [{"logit_bias": {4: 1.0}}, {"sequence_bias": {(4, 1): 1.0}}, {"bad_words_ids": [[1, 9]]}]
+)
 def test_ids_outside_the_vocabulary_are_refused(values):
     with pytest.raises(ValueError, match=f"{next(iter(values))} names token"):
         Sampler(SamplingParams(**values))(np.zeros(4, np.float32))

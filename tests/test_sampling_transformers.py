@@ -67,6 +67,20 @@ def test_bad_words_ids():
         np.testing.assert_array_equal(ours(ids, 0, logits, eos_ids=(7, 9), bad_words_ids=words), expected)
 
 
+def test_sequence_bias():
+    from transformers import SequenceBiasLogitsProcessor
+
+    rng = np.random.default_rng(1)
+    biases = {(1,): 0.1, (3,): -0.7, (2, 3): 1.3, (4, 5, 6): -2.0, (8, 8): -np.inf}
+    for _ in range(300):  # most end in the same few tokens, with bits that depend on the order of addition
+        size = rng.integers(1, 4)
+        biases[tuple(rng.integers(0, 20, size).tolist())] = float(rng.normal())
+    for ids, logits in cases():
+        expected = theirs(SequenceBiasLogitsProcessor(biases), ids, logits)
+        for given in (biases, [[list(sequence), bias] for sequence, bias in biases.items()]):
+            np.testing.assert_array_equal(ours(ids, len(ids) // 2, logits, sequence_bias=given), expected)
+
+
 @pytest.mark.parametrize("least", [1, 5, 1000])
 def test_min_new_tokens(least):
     from transformers import MinNewTokensLengthLogitsProcessor
@@ -117,6 +131,7 @@ GENERATION = {
     "repetition": {"repetition_penalty": 1.4},
     "ngrams": {"no_repeat_ngram_size": 1},
     "bad words": {"bad_words_ids": []},  # filled in below, with words that it would say
+    "sequence bias": {"sequence_bias": {}},  # likewise
     "min new tokens": {"min_new_tokens": 12, "repetition_penalty": 0.7},
     "all": {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "bad_words_ids": [[7], [8]], "min_new_tokens": 5},
 }
@@ -154,6 +169,8 @@ def test_greedy_generate(name, tiny_model, exported):
     eos = [2, plain[len(prompt)]] if "min_new_tokens" in penalties else [2]
     if name == "bad words":
         penalties["bad_words_ids"] = [plain[8:9], plain[9:11], plain[11:14]]
+    if name == "sequence bias":
+        penalties["sequence_bias"] = {tuple(plain[8:9]): -0.1, tuple(plain[9:11]): -3.0, (*plain[9:10], 33): 20.0}
     theirs = generate(eos, **penalties)
     assert theirs != plain
     sampler = Sampler(SamplingParams(temperature=0, **penalties), prompt_ids=prompt, eos_ids=eos)

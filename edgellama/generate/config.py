@@ -15,12 +15,12 @@ from edgellama.generate.request import integer
 from edgellama.sampling import SamplingParams
 
 _SAMPLING = ["do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"]
-_SAMPLING += ["repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_new_tokens"]
+_SAMPLING += ["repetition_penalty", "no_repeat_ngram_size", "sequence_bias", "bad_words_ids", "min_new_tokens"]
 _SAME = ["num_return_sequences", "num_beams", "length_penalty", "early_stopping", "max_time", "eos_token_id"]
 _SAME += ["prompt_lookup_num_tokens"]
-_OTHER_NAMES = ("max_new_tokens", "max_length", "min_length", "stop_strings", "sequence_bias", "suppress_tokens")
-KEYWORDS = ["generation_config", "do_sample", "max_length", "min_length", "stop_strings", "sequence_bias"]
-KEYWORDS += ["suppress_tokens", "cache_implementation", "use_cache"]
+_OTHER_NAMES = ("max_new_tokens", "max_length", "min_length", "stop_strings", "suppress_tokens")
+KEYWORDS = ["generation_config", "do_sample", "max_length", "min_length", "stop_strings", "suppress_tokens"]
+KEYWORDS += ["cache_implementation", "use_cache"]
 """Keywords of `generate` that are read here."""
 # The cache is always allocated at once, so each of these is what it does already.
 _CACHES = ("static", "dynamic", "dynamic_full", "hybrid", "offloaded", "offloaded_static", "sliding_window")
@@ -103,10 +103,8 @@ def translate(
     renamed = {name: keys[name] for name in _SAME if name in keys}
     if "stop_strings" in keys:
         renamed["stop"] = keys["stop_strings"]
-    bias = _biases(keys.get("sequence_bias"))
-    bias |= {int(token): -math.inf for token in keys.get("suppress_tokens") or ()}
-    if bias:
-        renamed["logit_bias"] = {**bias, **(ours.get("logit_bias") or {})}
+    if suppressed := {int(token): -math.inf for token in keys.get("suppress_tokens") or ()}:
+        renamed["logit_bias"] = {**suppressed, **(ours.get("logit_bias") or {})}
     for name, value in renamed.items():
         if ours.get(name) is None or name == "logit_bias":
             ours[name] = value
@@ -128,14 +126,3 @@ def new_tokens(lengths: Mapping[str, Any], longest_prompt: int) -> dict[str, int
     if "min_length" in lengths:
         found["min_new_tokens"] = max(0, integer("min_length", lengths["min_length"], 0) - longest_prompt)
     return found
-
-
-def _biases(value: Any) -> dict[int, float]:
-    """`sequence_bias`, a dict by tuples of ids or a list of [ids, bias], of single tokens."""
-    pairs = value.items() if isinstance(value, Mapping) else value or ()
-    biases = {}
-    for ids, bias in pairs:
-        if len(ids) != 1:
-            raise ValueError(f"sequence_bias of several tokens is not supported, got {list(ids)}; bad_words_ids is")
-        biases[int(ids[0])] = float(bias)
-    return biases

@@ -44,7 +44,6 @@ class GenerateOptions(SamplingOptions, total=False):
     max_length: int | None
     min_length: int | None
     stop_strings: str | Sequence[str] | None
-    sequence_bias: Any
     suppress_tokens: Sequence[int] | None
     cache_implementation: str | None
     use_cache: bool | None

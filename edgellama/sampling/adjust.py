@@ -5,7 +5,7 @@ OpenAI's for presence and frequency.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -34,27 +34,40 @@ def ban_repeated_ngrams(logits: np.ndarray, ids: np.ndarray, size: int) -> None:
     logits[ids[ends]] = -np.inf
 
 
-class BannedSequences:
-    """`bad_words_ids`: the last token of a sequence is banned where the others have just been said.
+class SequenceBiases:
+    """`sequence_bias`: a sequence's bias is added to the logit of its last token where the others have just been said.
 
-    As in transformers, a sequence that is an end-of-text token alone does not count.
+    Several that end in the same token add up. To the last bit as in transformers.
     """
 
-    def __init__(self, sequences: Iterable[tuple[int, ...]], eos_ids: frozenset[int]):
-        alone: set[int] = set()
-        self._longer: dict[int, list[tuple[tuple[int, ...], int]]] = {}  # by the token before the last
-        self.largest = -1
-        for sequence in sequences:
-            self.largest = max(self.largest, *sequence)
-            if len(sequence) > 1:
-                self._longer.setdefault(sequence[-2], []).append((sequence[:-1], sequence[-1]))
-            elif sequence[0] not in eos_ids:
-                alone.add(sequence[0])
-        self._alone = np.array(sorted(alone), np.int64)
+    def __init__(self, biases: Mapping[tuple[int, ...], float]):
+        lasts = sorted({sequence[-1] for sequence in biases})
+        row_of = {index: row for row, index in enumerate(lasts)}
+        self.largest = max((max(sequence) for sequence in biases), default=-1)
+        self._ids = np.array(lasts, np.int64)
+        self._alone = np.zeros(len(lasts), np.float32)
+        # By the token before the last: (all but the last, the last one's row, bias), the order being that of addition.
+        self._longer: dict[int, list[tuple[tuple[int, ...], int, np.float32]]] = {}
+        lengths = list(dict.fromkeys(map(len, biases)))
+        for sequence, bias in sorted(biases.items(), key=lambda each: lengths.index(len(each[0]))):
+            row = row_of[sequence[-1]]
+            if len(sequence) == 1:
+                self._alone[row] = bias
+            else:
+                self._longer.setdefault(sequence[-2], []).append((sequence[:-1], row, np.float32(bias)))
+
+    @classmethod
+    def bans(cls, sequences: Iterable[tuple[int, ...]], eos_ids: frozenset[int]) -> "SequenceBiases":
+        """`bad_words_ids`: as in transformers, a sequence that is an end-of-text token alone does not count."""
+        kept = (each for each in sequences if len(each) > 1 or each[0] not in eos_ids)
+        return cls(dict.fromkeys(kept, -math.inf))
 
     def apply(self, logits: np.ndarray, history: History) -> None:
-        logits[self._alone] = -np.inf
+        biases = self._alone
         if self._longer and history.size:
-            for prefix, last in self._longer.get(int(history.ids[-1]), ()):
+            for prefix, row, bias in self._longer.get(int(history.ids[-1]), ()):
                 if history.ends_with(prefix):
-                    logits[last] = -math.inf
+                    if biases is self._alone:
+                        biases = biases.copy()
+                    biases[row] += bias
+        logits[self._ids] += biases

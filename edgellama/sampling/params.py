@@ -12,7 +12,7 @@ from edgellama.errors import ConfigError
 # What transformers takes for a key that generation_config.json leaves out, once it has an opinion on sampling.
 _HF_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
 # What transformers applies to greedy search, too. Their defaults are ours: off.
-_HF_PROCESSORS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_new_tokens")
+_HF_PROCESSORS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "min_new_tokens")
 
 _NATURAL = ("top_k", "no_repeat_ngram_size", "min_new_tokens")
 _LAST_N = ("penalty_last_n", "dry_penalty_last_n")
@@ -29,8 +29,9 @@ class SamplingParams:
     `repetition_penalty` divides positive logits of tokens in prompt and reply and multiplies negative ones (CTRL,
     arXiv:1909.05858); `frequency_penalty` times the number of times that the reply has a token and `presence_penalty`
     are subtracted. `penalty_last_n` limits all three to the last tokens, -1 to none. `dry_*`: see `dry`.
-    `logit_bias` adds to the logits of single ids. No n-gram of `no_repeat_ngram_size` comes twice, none of
-    `bad_words_ids` is completed, no end-of-text token comes before `min_new_tokens`.
+    `logit_bias` adds to the logits of single ids, `sequence_bias` to the last id's of sequences whose other ids have
+    just been said: a dict by tuples of ids, or a list of [ids, bias]. No n-gram of `no_repeat_ngram_size` comes twice,
+    none of `bad_words_ids` is completed, no end-of-text token comes before `min_new_tokens`.
 
     `mirostat` 2 (arXiv:2007.14966) aims at `mirostat_tau` bits of surprise with the learning rate `mirostat_eta`; top_k
     and the other filters are then left out.
@@ -62,6 +63,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    sequence_bias: Mapping[tuple[int, ...], float] = field(default_factory=dict, hash=False)
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     min_new_tokens: int = 0
 
@@ -91,6 +93,7 @@ class SamplingParams:
         breakers = _sequences("dry_sequence_breaker_ids", self.dry_sequence_breaker_ids, single=True)
         object.__setattr__(self, "dry_sequence_breaker_ids", breakers)
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        object.__setattr__(self, "sequence_bias", _sequence_biases(self.sequence_bias))
 
     @classmethod
     def from_generation_config(cls, raw: Mapping[str, object]) -> "SamplingParams":
@@ -99,7 +102,7 @@ class SamplingParams:
         A file that says nothing about sampling leaves our defaults; `do_sample: false` is greedy; otherwise the
         keys it leaves out mean what they mean in transformers (temperature 1, top_k 50, top_p 1, min_p 0, typical_p 1).
         A file with a temperature but without `do_sample` (early Llama-2) means to sample. `repetition_penalty`,
-        `no_repeat_ngram_size`, `bad_words_ids` and `min_new_tokens` are taken in each case.
+        `no_repeat_ngram_size`, `bad_words_ids`, `sequence_bias` and `min_new_tokens` are taken in each case.
 
         >>> params = SamplingParams.from_generation_config({"do_sample": True, "temperature": 0.6, "top_p": 0.9})
         >>> params.temperature, params.top_k, params.top_p, params.min_p
@@ -154,6 +157,7 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float | None
     no_repeat_ngram_size: int | None
     logit_bias: Mapping[int, float] | None
+    sequence_bias: Mapping[tuple[int, ...], float] | Iterable[tuple[Iterable[int], float]] | None
     bad_words_ids: Iterable[Iterable[int]] | None
     min_new_tokens: int | None
 
@@ -203,3 +207,18 @@ def _biases(value: object) -> dict[int, float]:
         if bias != -math.inf:
             _check_number(f"logit_bias[{index}]", bias)
     return {int(index): float(bias) for index, bias in value.items()}
+
+
+def _sequence_biases(value: object) -> dict[tuple[int, ...], float]:
+    """A dict by tuples of ids, or pairs (ids, bias), as JSON has them; -inf forbids."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"sequence_bias must be a dict or a list of [ids, bias], got {type(value).__name__}")
+    pairs = list(value.items() if isinstance(value, Mapping) else value)
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"sequence_bias must be a dict or a list of [ids, bias], but has {pair!r:.40} in it")
+    sequences = _sequences("sequence_bias", [ids for ids, _ in pairs])
+    for sequence, (_, bias) in zip(sequences, pairs, strict=True):
+        if bias != -math.inf:
+            _check_number(f"sequence_bias[{list(sequence)}]", bias)
+    return {sequence: float(bias) for sequence, (_, bias) in zip(sequences, pairs, strict=True)}

@@ -54,7 +54,8 @@ class Sampler:
         self._eos = np.array(sorted(eos_ids), np.int64)
         self._bias_ids = np.array(list(params.logit_bias), np.int64)
         self._biases = np.array(list(params.logit_bias.values()), np.float32)
-        self._banned = adjust.BannedSequences(params.bad_words_ids, frozenset(eos_ids))
+        self._biased = adjust.SequenceBiases(params.sequence_bias)
+        self._banned = adjust.SequenceBiases.bans(params.bad_words_ids, frozenset(eos_ids))
         self._seen = self._said = None
         if params.repetition_penalty != 1:
             self._seen = Counts(history.ids, params.penalty_last_n)
@@ -79,7 +80,7 @@ class Sampler:
         """The next token for `logits` float32 [vocab_size], which are left as they are. Records nothing.
 
         Raises EdgellamaError when the logits have NaN or infinity on top, and when nothing is left to choose from;
-        ValueError for a `logit_bias` or `bad_words_ids` outside the vocabulary.
+        ValueError for a `logit_bias`, `sequence_bias` or `bad_words_ids` outside the vocabulary.
         """
         best = int(logits.argmax())  # the first NaN, if there is one
         if not math.isfinite(logits[best]):
@@ -154,8 +155,8 @@ class Sampler:
                 self.constraint.mask(adjusted)
         if adjusted is not logits and not math.isfinite(adjusted.max()):
             raise EdgellamaError(
-                "no token is left to choose from: logit_bias, bad_words_ids, no_repeat_ngram_size, min_new_tokens, a "
-                "logits processor or the constraint forbid all that the model finds possible"
+                "no token is left to choose from: logit_bias, sequence_bias, bad_words_ids, no_repeat_ngram_size, "
+                "min_new_tokens, a logits processor or the constraint forbid all that the model finds possible"
                 if adjusted.max() == -math.inf
                 else "a logits processor returned NaN or infinity"
             )
@@ -164,12 +165,14 @@ class Sampler:
     def _penalized(self, logits: np.ndarray) -> np.ndarray:
         params, history = self.params, self._history
         too_early = history.generated < params.min_new_tokens and self._eos.size > 0
-        changed = params.logit_bias or params.bad_words_ids or params.no_repeat_ngram_size
+        changed = params.logit_bias or params.sequence_bias or params.bad_words_ids or params.no_repeat_ngram_size
         if not (changed or too_early or self._seen or self._said or self._dry):
             return logits
         logits = logits.copy()
         if params.logit_bias:
             logits[self._bias_ids] += self._biases
+        if params.sequence_bias:
+            self._biased.apply(logits, history)
         if self._seen is not None:
             adjust.penalize_repetition(logits, self._seen.present()[0], params.repetition_penalty)
         if self._said is not None:
@@ -209,7 +212,11 @@ class Sampler:
         return token
 
     def _check_vocabulary(self, size: int) -> None:
-        largest = {"logit_bias": self._bias_ids.max(initial=-1), "bad_words_ids": self._banned.largest}
+        largest = {
+            "logit_bias": self._bias_ids.max(initial=-1),
+            "sequence_bias": self._biased.largest,
+            "bad_words_ids": self._banned.largest,
+        }
         for name, index in largest.items():
             if index >= size:
                 raise ValueError(f"{name} names token {index}, but the vocabulary has {size} tokens")
