@@ -12,8 +12,8 @@ differ by no more than its rounding, the two may choose differently.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -61,13 +61,14 @@ class Hypothesis:
     """A text that the search found: new ids, with the end-of-text id if it ended so.
 
     `logprob` is the sum over them, `score` what it is ranked by (transformers' `sequences_scores`). `finish_reason`:
-    "stop", "length", or what `best` was told for a text in the making.
+    "stop", "length", or what `best` was told for a text in the making. `notes`: of each token, if they were taken.
     """
 
     token_ids: tuple[int, ...]
     score: float
     logprob: float
     finish_reason: str
+    notes: tuple[Any, ...] = ()
 
 
 class Beams(Protocol):
@@ -105,13 +106,15 @@ class _Beam:
     logprob: float
     source: int
     guide: Guide | None
+    notes: tuple[Any, ...] = ()
 
 
 class BeamSearch:
     """One search: `step` until it says False, then (or at any time) `best`.
 
     The `guide` changes log-probabilities before they are added up, as transformers' logits processors do; `stop(new
-    ids)` says that a text is finished though it has no end-of-text id.
+    ids)` says that a text is finished though it has no end-of-text id. `note(token, logits)` makes the `notes`, from
+    the model's own logits float32 [vocab_size], which it must not keep.
     """
 
     def __init__(
@@ -123,9 +126,10 @@ class BeamSearch:
         eos_ids: frozenset[int],
         guide: Guide | None = None,
         stop: Callable[[tuple[int, ...]], bool] | None = None,
+        note: Callable[[int, np.ndarray], Any] | None = None,
     ):
         self._beams, self._params, self._max_new_tokens = beams, params, max_new_tokens
-        self._eos_ids, self._stop = eos_ids, stop
+        self._eos_ids, self._stop, self._note = eos_ids, stop, note
         self._running = [_Beam((), 0.0, 0, guide)]
         self._finished: list[Hypothesis] = []
         self.length = 0
@@ -150,6 +154,9 @@ class BeamSearch:
         candidates = _best(scores, running, max(2, 1 + len(self._eos_ids)) * params.num_beams)
         going, ended = [], []
         for rank, beam in enumerate(candidates):
+            if self._note is not None:
+                notes = (*running[beam.source].notes, self._note(beam.tokens[-1], logits[beam.source]))
+                beam = replace(beam, notes=notes)
             reason = self._finish_reason(beam)
             if reason is None:
                 going.append(beam)
@@ -173,7 +180,7 @@ class BeamSearch:
 
     def _hypothesis(self, beam: _Beam, reason: str) -> Hypothesis:
         score = beam.logprob / len(beam.tokens) ** self._params.length_penalty
-        return Hypothesis(beam.tokens, score, beam.logprob, reason)
+        return Hypothesis(beam.tokens, score, beam.logprob, reason, beam.notes)
 
     def _finish_reason(self, beam: _Beam) -> str | None:
         tokens = beam.tokens

@@ -427,13 +427,34 @@ def test_a_search_ends_on_time_or_request(llm):
     assert llm.generate("Hello", 3, num_beams=4).token_ids  # the model is free
 
 
+def test_logprobs_are_those_of_plain_decoding(llm):
+    """The same texts, forced upon plain decoding; whatever penalties made of the logits, the model's own are told."""
+
+    def force(token_ids):
+        def processor(ids, logits):
+            logits[np.arange(logits.size) != token_ids[len(ids) - n_prompt]] = -np.inf
+            return logits
+
+        return processor
+
+    n_prompt = len(llm.tokenizer.encode("Hello"))
+    for options in ({"logprobs": True}, {"top_logprobs": 3, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}):
+        found = llm.generate("Hello", 12, num_beams=4, num_return_sequences=3, **options)
+        for each in found:
+            asked = {name: value for name, value in options.items() if "logprobs" in name}
+            plain = llm.generate("Hello", 12, logits_processor=force(each.token_ids), **asked)
+            assert plain.token_ids == each.token_ids
+            assert each.logprobs == plain.logprobs
+    assert llm.generate("Hello", 3, num_beams=2).logprobs is None
+
+
 def test_options_that_beams_do_not_take(llm):
     with pytest.raises(ValueError, match=r"num_beams 5 needs .* n_slots=5"):
         llm.generate("Hello", 3, num_beams=5)
     with pytest.raises(ValueError, match="num_return_sequences must be at most num_beams"):
         llm.generate("Hello", 3, num_beams=2, num_return_sequences=3)
-    with pytest.raises(ValueError, match="logprobs and num_beams"):
-        llm.generate("Hello", 3, num_beams=2, logprobs=True)
+    with pytest.raises(ValueError, match="logprobs of an echoed prompt"):
+        llm.generate("Hello", 3, num_beams=2, logprobs=True, echo=True)
     with pytest.raises(ValueError, match="no beams"):
         llm.generate("Hello", 3, num_beams=2, stream=True)
     assert llm.generate("Hello", 3, num_beams=2).token_ids

@@ -1,5 +1,6 @@
 """Beam search within a call: beams in slots of the cache, texts into replies. The search itself is `edgellama.beam`."""
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -207,6 +208,7 @@ class BeamBatch:
             eos_ids=first.eos_ids,
             guide=SamplerGuide(first.sampler.fork()),
             stop=self._stop,
+            note=first.note,
         )
 
     def _finish(self, unfinished: FinishReason) -> None:
@@ -220,8 +222,8 @@ class BeamBatch:
         if search.length and len(found) < len(self._replies):
             raise EdgellamaError(f"beam search found {len(found)} texts where {len(self._replies)} were asked for")
         for reply, text in zip(self._replies, found, strict=False):
-            for token in text.token_ids:
-                reply.append(token)
+            for token, note in itertools.zip_longest(text.token_ids, text.notes):
+                reply.append(token, noted=note)
         for reply in self._replies:
             reply.finish(unfinished)
 

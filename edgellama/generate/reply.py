@@ -98,15 +98,23 @@ class Reply:
         self.append(token_id, logits)
         return token_id
 
-    def append(self, token_id: int, logits: np.ndarray | None = None) -> None:
-        """The next token is `token_id`, chosen from `logits`. Sets `finish_reason` where it is the last one."""
+    @property
+    def note(self) -> Callable[[int, np.ndarray], TokenLogprob] | None:
+        """What makes an entry of `logprobs` of a token and the logits that it was chosen from; None: nobody asked."""
+        return None if self._recorder is None else self._recorder.of
+
+    def append(self, token_id: int, logits: np.ndarray | None = None, *, noted: TokenLogprob | None = None) -> None:
+        """The next token is `token_id`, chosen from `logits`, of which `noted` may have been made already.
+
+        Sets `finish_reason` where it is the last one.
+        """
         self.sampler.accept(token_id)
         self.ids.append(token_id)
         self.token_ids.append(token_id)
         if self._ttft_s is None:
             self._ttft_s = time.perf_counter() - self._started
         if self._recorder is not None:
-            self.logprobs.append(self._recorder.of(token_id, logits))
+            self.logprobs.append(noted or self._recorder.of(token_id, logits))
         if token_id in self.eos_ids:
             self.finish("stop")
             return

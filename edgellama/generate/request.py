@@ -103,8 +103,8 @@ class Request:
             raise ValueError("prompt_lookup_num_tokens and draft_model exclude each other; give one of them")
         if self.num_beams > 1 and speculative:
             raise ValueError(f"num_beams and {speculative[0]} exclude each other; give one of them")
-        if self.num_beams > 1 and self.logprobs:
-            raise ValueError("logprobs and num_beams exclude each other; llm.score gives a text's log-probabilities")
+        if self.num_beams > 1 and self.logprobs and self.echo:
+            raise ValueError("logprobs of an echoed prompt do not go with num_beams; leave one of the three out")
         if self.on_full == "slide" and (self.num_beams > 1 or speculative):
             raise ValueError('on_full="slide" does not go with num_beams or speculative decoding')
 
