@@ -421,7 +421,7 @@ class Llama:
         begins with the prompt) of the prompt's tokens, too. `num_return_sequences`: so many replies to each prompt,
         which is computed once; returns a list. Reply number i of the call has the seed `seed + i`.
         `logits_processor`: functions (ids, logits) -> logits. One of `json_schema`, `regex`, `choice`, `grammar`
-        holds the text to a form. `num_beams`, `length_penalty`, `early_stopping`: beam search.
+        holds the text to a form. `num_beams`, `length_penalty`, `early_stopping`: beam search, which cannot stream.
         `prompt_lookup_num_tokens` or `draft_model`: speculative decoding.
 
         `generation_config`: a dict or a GenerationConfig of transformers, laid over the model's own; `do_sample`,
@@ -443,6 +443,8 @@ class Llama:
         params = defaults.override(**cast(Any, request.sampling))
         if max_new_tokens is None:
             max_new_tokens = self._default_max_new_tokens()
+        if request.draft_model is self or not isinstance(request.draft_model, Llama | None):
+            raise ValueError("draft_model must be another model, opened with edgellama.load")
         several = several or request.num_return_sequences > 1
         if stream and (several or request.num_beams > 1):
             raise ValueError("stream=True takes one prompt, one reply to it, and no beams")
@@ -462,8 +464,8 @@ class Llama:
         call = Call(
             replies,
             lambda call: self._start(call, request),
-            acquire=self._begin,
-            release=self._end,
+            acquire=lambda call: self._begin(call, request.draft_model),
+            release=lambda call: self._end(call, request.draft_model),
             outer=request.cancel,
         )
         if stream:
@@ -514,9 +516,8 @@ class Llama:
         if request.prompt_lookup_num_tokens or request.draft_model is not None:
             from edgellama.generate.speculate import speculative_batch
 
-            if request.draft_model is self or not isinstance(request.draft_model, Llama | None):
-                raise ValueError("draft_model must be another model, opened with edgellama.load")
-            return speculative_batch(self._engine, call.replies, request, cancel=call.cancel, deadline=deadline)
+            draft = None if request.draft_model is None else request.draft_model._engine
+            return speculative_batch(self._engine, call.replies, request, draft, cancel=call.cancel, deadline=deadline)
         return Batch(
             self._engine,
             call.replies,
@@ -526,15 +527,25 @@ class Llama:
             progress=request.progress,
         )
 
-    def _begin(self, call: Call) -> None:
-        self._acquire(call.cancel)
-        self._stream = call.stream
-        self._cursor = None
+    def _begin(self, call: Call, draft: "Llama | None") -> None:
+        # All calls take two models in the same order, so that two of them never wait for each other.
+        first, second = (self, draft) if draft is None or id(self) < id(draft) else (draft, self)
+        first._acquire(call.cancel)
+        if second is not None:
+            try:
+                second._acquire(call.cancel)
+            except BaseException:
+                first._release()
+                raise
+        for model in (self,) if draft is None else (self, draft):
+            model._stream, model._cursor = call.stream, None
 
-    def _end(self, call: Call) -> None:
+    def _end(self, call: Call, draft: "Llama | None") -> None:
         if len(call.replies) == 1:
             self._cursor = call.replies[0].slot
         self._release()
+        if draft is not None:
+            draft._release()
 
     def _acquire(self, cancel: CancelToken | None = None) -> None:
         """Wait for the calls of other threads; a stream left open in this one would wait for ever, so say it."""

@@ -1,5 +1,6 @@
 """Speculative decoding: the same tokens as plain decoding, whatever is guessed; and the guesses themselves."""
 
+import contextlib
 import itertools
 import json
 import threading
@@ -327,6 +328,43 @@ def test_a_draft_model_must_be_another_one_of_the_same_vocabulary(llm, tmp_path)
     with pytest.raises(edgellama.EdgellamaError, match="closed"):
         llm.generate("x", 3, draft_model=closed)
     assert llm.generate("x", 3, temperature=0).token_ids
+
+
+def test_two_models_that_draft_for_each_other_never_wait_for_each_other(llm, twin, monkeypatch):
+    """Each thread waits once it has one of its two models, so that both could have one, then asks for the other."""
+    meeting, has_one = threading.Barrier(2), threading.local()
+    acquire = edgellama.Llama._acquire
+
+    def acquire_and_meet(model, cancel=None):
+        acquire(model, cancel)
+        if not hasattr(has_one, "first"):
+            has_one.first = model
+            with contextlib.suppress(threading.BrokenBarrierError):
+                meeting.wait(0.3)
+
+    monkeypatch.setattr(edgellama.Llama, "_acquire", acquire_and_meet)
+    cancel, got = CancelToken(), []
+
+    def work(model, draft):
+        got.append(model.generate("x", 5, draft_model=draft, cancel=cancel, temperature=0, eos_token_id=[]))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in ((llm, twin), (twin, llm))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    cancel.cancel()
+    for thread in threads:
+        thread.join(10)
+    assert [each.finish_reason for each in got] == ["length"] * 2
+
+
+def test_a_draft_model_may_be_closed_with_the_stream_still_open(llm):
+    with edgellama.load(llm.file.path) as draft:
+        stream = llm.generate("Hello", 50, stream=True, draft_model=draft, eos_token_id=[])
+        next(stream)
+    assert stream.finish_reason == "cancelled"
+    assert llm.generate("x", 3, eos_token_id=[]).token_ids
 
 
 def test_cancel_reaches_a_draft_model_that_is_in_use(llm, twin):

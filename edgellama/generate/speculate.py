@@ -3,12 +3,9 @@ that they follow, and are taken as far as the sampler chooses the same. Rejected
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from typing import Protocol
 
 import numpy as np
 
-from edgellama.config import LlamaConfig
 from edgellama.errors import CancelledError
 from edgellama.generate.cancel import CancelToken
 from edgellama.generate.engine import Batch, Engine, Progress
@@ -30,10 +27,9 @@ class SpeculativeBatch(Batch):
         cancel: CancelToken,
         deadline: float | None = None,
         progress: Progress | None = None,
-        on_close: Callable[[], None] = lambda: None,
     ):
         super().__init__(engine, replies, cancel=cancel, deadline=deadline, progress=progress)
-        self._make_draft, self._on_close = make_draft, on_close
+        self._make_draft = make_draft
         self._drafts: dict[int, Draft] = {}  # by the reply's index
 
     def step(self) -> bool:
@@ -57,13 +53,6 @@ class SpeculativeBatch(Batch):
             reply.decode_s += time.perf_counter() - begun
         self._running = [reply for reply in self._running if reply.finish_reason is None]
         return bool(self._running or self._waiting)
-
-    def close(self) -> None:
-        """See `Batch.close`."""
-        try:
-            super().close()
-        finally:
-            self._on_close()
 
     def _guess(self, reply: Reply) -> list[int]:
         """No more than fit into the cache, nor than RoPE rotates as if they came one by one."""
@@ -114,23 +103,15 @@ def _is_prefill(reply: Reply) -> bool:
     return len(reply.ids) - reply.slot.n > 1
 
 
-class Lender(Protocol):
-    """What is needed of a draft model: a `Llama`."""
-
-    config: LlamaConfig
-
-    def lent(self, cancel: CancelToken | None = None) -> AbstractContextManager[Engine]: ...
-
-
 class DraftModel:
-    """Another model's engine, its slots lent to the replies of one call. `close` gives the model back.
+    """Another model's engine, its slots lent to the replies of one call.
 
     A reply keeps its slot to its end; one that finds none has no guesses.
     """
 
-    def __init__(self, llm: Lender, cancel: CancelToken):
-        self._cancel, self._stack = cancel, ExitStack()
-        self._engine = self._stack.enter_context(llm.lent(cancel))
+    def __init__(self, engine: Engine, cancel: CancelToken):
+        self._engine, self._cancel = engine, cancel
+        engine.slots.begin()
         self._slots: list[tuple[Reply, Slot]] = []
 
     def draft(self, reply: Reply) -> ModelDraft:
@@ -144,10 +125,6 @@ class DraftModel:
             self._slots.append((reply, slot))
         return ModelDraft(lambda ids: None if slot is None else self._logits(slot, ids))
 
-    def close(self) -> None:
-        """Let others use the model."""
-        self._stack.close()
-
     def _logits(self, slot: Slot, ids: Sequence[int]) -> np.ndarray | None:
         """After `ids`, of which the slot holds the beginning: all but the last guess or so."""
         engine = self._engine
@@ -159,33 +136,25 @@ class DraftModel:
 
 
 def speculative_batch(
-    engine: Engine, replies: Sequence[Reply], request: Request, *, cancel: CancelToken, deadline: float | None
+    engine: Engine,
+    replies: Sequence[Reply],
+    request: Request,
+    draft: Engine | None,
+    *,
+    cancel: CancelToken,
+    deadline: float | None,
 ) -> SpeculativeBatch:
-    """What runs the replies of a request with `prompt_lookup_num_tokens` or `draft_model`.
+    """What runs the replies of a request with `prompt_lookup_num_tokens`, or with a draft model: `draft`, its engine.
 
     ValueError for a draft model of another vocabulary.
     """
-    if request.draft_model is not None:
-        theirs, ours = request.draft_model.config.vocab_size, engine.config.vocab_size
+    if draft is not None:
+        theirs, ours = draft.config.vocab_size, engine.config.vocab_size
         if theirs != ours:
             raise ValueError(f"draft_model has a vocabulary of {theirs} tokens, the model one of {ours}: not the same")
-        model = DraftModel(request.draft_model, cancel)
-        make_draft: Callable[[Reply], Draft] = model.draft
-        on_close = model.close
+        make_draft: Callable[[Reply], Draft] = DraftModel(draft, cancel).draft
     else:
         n = request.prompt_lookup_num_tokens
         assert n is not None
-        make_draft, on_close = lambda reply: PromptLookup(n), lambda: None
-    try:
-        return SpeculativeBatch(
-            engine,
-            replies,
-            make_draft,
-            cancel=cancel,
-            deadline=deadline,
-            progress=request.progress,
-            on_close=on_close,
-        )
-    except BaseException:
-        on_close()
-        raise
+        make_draft = lambda reply: PromptLookup(n)  # noqa: E731
+    return SpeculativeBatch(engine, replies, make_draft, cancel=cancel, deadline=deadline, progress=request.progress)
