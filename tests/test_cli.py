@@ -331,6 +331,13 @@ def test_generate_and_json_agree(tiny_model, capsys):
     assert value["prompt_token_ids"][0] == 1
 
 
+@pytest.mark.parametrize("available", [["cpu"], ["cuda", "cpu"]])
+def test_info_says_whose_memory_is_taken_at_once(tiny_model, capsys, monkeypatch, available):
+    monkeypatch.setattr("edgellama.devices.available", lambda: available)
+    assert main(["info", str(tiny_model)]) == 0
+    assert ("cuda takes the cache of all n_slots at once" in capsys.readouterr().out) == ("cuda" in available)
+
+
 def test_info(tiny_model, capsys):
     assert main(["info", str(tiny_model)]) == 0
     text = capsys.readouterr().out

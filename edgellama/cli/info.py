@@ -108,7 +108,9 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "memory",
             f"{console.size(facts['memory_bytes'])} with {facts['default_n_ctx']} tokens of context "
-            f"({console.size(1024 * facts['kv_bytes_per_token'])} per 1024)",
+            f"({console.size(1024 * facts['kv_bytes_per_token'])} per 1024) for one sequence"
+            # The CPU's cache becomes resident as it is written.
+            + ("; cuda takes the cache of all n_slots at once" if "cuda" in facts["devices"] else ""),
         ),
     ]
     if facts["id2label"]:
