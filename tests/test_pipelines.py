@@ -161,7 +161,7 @@ def test_generation_config():
     assert llm.generate("ab", do_sample=False, max_length=9, stop_strings=["d"]).text == "c"
     assert llm.generate("ab", do_sample=False, max_new_tokens=1, suppress_tokens=[4]).text != "c"
     assert llm.generate("ab", do_sample=False, max_new_tokens=1, sequence_bias={(10,): 50.0}).text == "i"
-    biases = [[[4, 10], 50.0], [[4, 10, 5], 60.0], [[4, 11], 70.0]]
+    biases = [[[4, 10], 50.0], [[4, 10, 5], 60.0], [[4, 11], 40.0]]
     for options in ({"sequence_bias": biases}, {"generation_config": {"sequence_bias": biases}}):
         assert llm.generate("ab", 3, do_sample=False, **options).text == "cid"
     for cache in ("static", "dynamic"):
