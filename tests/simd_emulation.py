@@ -17,6 +17,7 @@ from edgellama.backends.cpu.attention import KERNELS
 from edgellama.backends.cpu.attention_loops import QUERIES, SPLIT
 from edgellama.backends.cpu.jit import Native
 from edgellama.backends.cpu.softmax import LARGEST, LOWEST
+from edgellama.backends.cpu.target import TARGET
 from edgellama_convert import scale_search
 from edgellama_convert.scale_search import ROUND
 
@@ -99,6 +100,7 @@ VOCABULARY = {
     "round_i32": lambda v: np.rint(v).astype(_i32),
     "vhigh_part": lambda q: np.sign(q) * (np.abs(q) >> 7),
     "vlow_part": lambda q, high: q - (high << 7),
+    "words_of_i8": lambda v: sum(int(word.any()) << i for i, word in enumerate(v.astype(np.int8).reshape(4, 4))),
     "keep_below": lambda v, n: np.where(np.arange(16) < n, v, _f32(-np.inf)),
 }
 
@@ -163,6 +165,14 @@ def _transpose(a, stride, to):
     _view(to, _f32, 256)[:] = np.stack([_view(a + i * stride, _f32, 16) for i in range(16)], axis=1).ravel()
 
 
+def _interleave(rows):
+    def interleave(a):
+        words = _view(a, _i32, 32 * rows)
+        words[:] = words.reshape(rows, 32).T.ravel()
+
+    return interleave
+
+
 def _scatterer(dtype):
     def scatter(a, stride, v):
         for i in range(16):
@@ -179,6 +189,8 @@ def _fetch_add(address, value):
 
 VOCABULARY |= {
     "transpose": _transpose,
+    "interleave_few": _interleave(TARGET.few_columns),
+    "interleave_many": _interleave(TARGET.many_columns),
     "vscatter_f16": _scatterer(np.float16),
     "vscatter_i8": _scatterer(np.int8),
     "vexp2": _exp2,

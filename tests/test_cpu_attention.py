@@ -132,7 +132,8 @@ class Layer:
         for scratch in scratches:
             scratch[:] = 0x5A  # what lies there before matters to nobody
         counters = np.zeros(2, np.int64)
-        if n > 1 and store:
+        alone = n <= attention.FEW_TOKENS and len(set(slots)) == n  # such bring their own
+        if store and not alone:
             self._store(self.plan, self.layer, counters.ctypes.data, scratches[0].ctypes.data)
         arguments = self.plan, self.layer, counters.ctypes.data + 8
         if threads == 1:
@@ -243,6 +244,19 @@ def test_bits_do_not_depend_on_slots_that_share_the_batch(heads):
     assert (layer.run(positions, slots) == expected[positions]).all()
     mixed = np.argsort(positions, kind="stable")
     assert (layer.run(positions[mixed], slots[mixed]) == expected[positions[mixed]]).all()
+
+
+@both_kinds
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tokens_of_different_sequences_bring_their_own_keys(kind, threads):
+    """Whatever lay at their places: to the first position, to a new line, to a new split, behind several of these."""
+    positions, slots, n = [0, 16, SPLIT, 2 * SPLIT + 40], [2, 0, 3, 1], 2 * SPLIT + 41
+    expected = Layer((6, 2), 32, kind, n).run(range(n))[positions]
+    layer = Layer((6, 2), 32, kind, n, n_slots=4)
+    for position, slot in zip(positions, slots, strict=True):
+        if position:
+            layer.run(range(position), [slot] * position)
+    assert (layer.run(positions, slots, threads=threads) == expected).all()
 
 
 @both_kinds

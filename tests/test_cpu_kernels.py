@@ -9,6 +9,7 @@ pytest.importorskip("numba")
 from edgellama import quant
 from edgellama.backends.cpu import vector_ops
 from edgellama.backends.cpu.plan import MATRIX, PACK
+from edgellama.backends.cpu.target import TARGET
 from simd_emulation import VOCABULARY, interpreted
 
 WAYS = {"compiled": lambda kernel: kernel, "interpreted": interpreted}
@@ -39,7 +40,7 @@ def test_rms_norm(way):
 @both_ways
 @pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("ceiling", [0.0, 3.0, 1e9])
-@pytest.mark.parametrize("tile", [1, 3])
+@pytest.mark.parametrize("tile", sorted({1, TARGET.few_columns, TARGET.many_columns}))
 def test_pack_row(way, tile, ceiling, by_token):
     """What is packed, read back through the documented layout, is x within half a step of the stated size."""
     groups, tiles = 3, 2
@@ -56,11 +57,11 @@ def test_pack_row(way, tile, ceiling, by_token):
     pack["tile"], pack["by_token"] = tile, by_token
     for name, array in {"codes": codes, "highs": highs, "masks": masks, "scales": scales, "sums": sums}.items():
         pack[name] = address(array)
-    scratch = np.zeros(256, np.uint8)
+    record = pack.view(np.recarray)[0]
     for token, row in enumerate(rows):
-        record = pack.view(np.recarray)[0]
-        index, t = token // tile, token % tile
-        way(vector_ops.pack_row)(address(row), groups, np.float32(ceiling), record, index, t, address(scratch))
+        way(vector_ops.pack_row)(address(row), groups, np.float32(ceiling), record, token // tile, token % tile)
+    for index in range(tiles):
+        way(vector_ops.finish_tile)(groups, record, index)
     valid = (masks[:, :, None] >> np.arange(32) & 1)[..., None, None]
     if by_token:  # [tiles][groups][tile][128], and a group's high parts count as a whole
         codes, highs = (a.reshape(tiles, groups, tile, 32, 4).transpose(0, 1, 3, 2, 4) for a in (codes, highs))

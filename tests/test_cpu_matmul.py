@@ -15,7 +15,7 @@ from edgellama.backends.cpu import matmul
 from edgellama.backends.cpu.jit import kernel
 from edgellama.backends.cpu.plan import MATRIX, PACK
 from edgellama.backends.cpu.tiles import BY_TOKEN, KERNELS, SIZES, STEP
-from edgellama.backends.cpu.vector_ops import pack_row, pack_row_f32
+from edgellama.backends.cpu.vector_ops import finish_tile, pack_row, pack_row_f32
 from edgellama.kv_cache import aligned_zeros
 
 SHAPES = [(16, 128), (40, 300), (300, 576)]
@@ -24,12 +24,15 @@ ALL, SOME, NONE = 0.0, 3.0, 1e9
 
 
 @kernel
-def run_pack(x, groups, ceiling, pack, tokens, scratch):
+def run_pack(x, groups, ceiling, pack, tokens, finish):
     p = pack[0]
     for token in range(tokens):
-        pack_row(x + token * groups * 512, groups, ceiling, p, token // p.tile, token % p.tile, scratch)
+        pack_row(x + token * groups * 512, groups, ceiling, p, token // p.tile, token % p.tile)
         if p.values != 0:
             pack_row_f32(x + token * groups * 512, groups, p, token // p.tile, token % p.tile)
+    if finish:
+        for index in range((tokens + p.tile - 1) // p.tile):
+            finish_tile(groups, p, index)
 
 
 @kernel
@@ -87,8 +90,12 @@ class Product:
             "sums": np.zeros(rows * groups, np.int32),
             "values": np.zeros(rows * self.k, np.float32),
         }
-        pack, scratch = self._record(arrays, tile, by_token), np.zeros(256, np.uint8)
-        run_pack(self.x.ctypes.data, groups, self.ceiling, pack, self.tokens, scratch.ctypes.data)
+        pack = self._record(arrays, tile, by_token)
+        known = by_token or tile in SIZES
+        run_pack(self.x.ctypes.data, groups, self.ceiling, pack, self.tokens, known)
+        for name in () if known else ("codes", "highs"):  # tiles of another target
+            words = arrays[name].view(np.int32).reshape(-1, tile, 32)
+            words[:] = words.transpose(0, 2, 1).reshape(words.shape)
         return arrays
 
     def _record(self, arrays: dict[str, np.ndarray], tile: int, by_token: bool) -> np.ndarray:

@@ -214,6 +214,18 @@ def _store_tokens(p, layer, head, first, tokens, scratch):
 
 
 @kernel
+def bring_their_own(p):
+    """Whether there are a few tokens, each of a sequence of its own: none sees another's key, nobody has to wait."""
+    if p.n_tokens > FEW_TOKENS:
+        return False
+    for t in range(1, p.n_tokens):
+        for other in range(t):
+            if load_i64(p.slots + 8 * t) == load_i64(p.slots + 8 * other):
+                return False
+    return True
+
+
+@kernel
 def store_all(p, counter, layer, scratch):
     """Keys and values of all tokens into the cache; a piece of work is one KV head and a line of positions."""
     before = load_i64(p.positions) % LINE_POSITIONS
@@ -327,6 +339,7 @@ def _attend_few(p, counter, layer, scratch):
         splits = max(splits, _splits_of(p, t))
     # Tokens of several sequences have nothing to share.
     size = min(p.piece_tokens, p.n_tokens) if _run(p, 0, p.n_tokens) == p.n_tokens else int64(1)
+    bring = bring_their_own(p)
     pieces = (p.n_tokens + size - 1) // size
     while True:
         work = fetch_add(counter, 1)
@@ -337,8 +350,8 @@ def _attend_few(p, counter, layer, scratch):
         first, start = piece * size, split * SPLIT
         tokens = min(size, p.n_tokens - first)
         n, longest = _prepare_queries(p, head, first, tokens, scratch)
-        if p.n_tokens == 1 and split == splits - 1:
-            _store_tokens(p, layer, head, 0, int64(1), scratch)
+        if bring and split == _splits_of(p, first) - 1:
+            _store_tokens(p, layer, head, first, int64(1), scratch)
         if start < longest:
             slot = load_i64(p.slots + 8 * first)
             _attend_split(p, layer, slot, head, start, n, _few_states(p, head, split, first), scratch)
@@ -357,7 +370,7 @@ def _attend_few(p, counter, layer, scratch):
 
 @kernel
 def attend_all(p, counter, layer, scratch):
-    """Attention of all tokens, whose keys and values are in the cache; a token alone brings its own there.
+    """Attention of all tokens, whose keys and values are in the cache, unless they `bring_their_own` there.
 
     `p` and `layer` are records of the plan, `counter` (zeroed) and `scratch` addresses.
     """

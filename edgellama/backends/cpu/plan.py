@@ -178,8 +178,8 @@ class Plan:
         for name in ("x", "qkv", "attention", "mlp"):
             p[name] = self.zeros(tokens * int(p[f"{name}_stride"]))
 
-        # Each thread's scratch: codes to quantize into, a normalized row, a tile of `up`, and attention's.
-        p["normed"] = 256
+        # Each thread's scratch: a normalized row, a tile of `up`, and attention's.
+        p["normed"] = 0
         p["up"] = int(p["normed"]) + 4 * hidden
         end = int(p["up"]) + 64 * max(UP_CELLS, UP_BLOCKS * tokens)
         shared = config.num_attention_heads // config.num_key_value_heads

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from numba import int64
 
-from .attention import attend_all, store_all
+from .attention import attend_all, bring_their_own, store_all
 from .jit import entry_point, kernel
 from .matmul import claim, multiply, multiply_blocks, multiply_three
 from .plan import BARRIER, CANCEL, COUNTERS, DECISION, UP_BLOCKS, UP_CELLS, WORK_PER_CALL, WORK_PER_LAYER
 from .simd import load_i32
 from .sync import LINE, atomic_load, atomic_store, barrier, fetch_add
-from .vector_ops import embed, gate, pack_row, pack_row_f32, rms_norm
+from .vector_ops import embed, finish_tile, gate, pack_row, pack_row_f32, rms_norm
 
 
 @entry_point
@@ -27,7 +27,7 @@ def forward(plans, layers, packs, rank):
     the tables any more, but for DECISION where the result is False.
     """
     p = plans[0]
-    one = p.n_tokens == 1
+    bring = bring_their_own(p)
     scratch = p.scratch + rank * p.scratch_stride
     words = p.control + BARRIER * LINE
     # Once rank 0 is back the next call's tables are filled in, and others may still be on the way.
@@ -49,7 +49,7 @@ def forward(plans, layers, packs, rank):
                        p.qkv, p.qkv + p.k_column, p.qkv + p.v_column, p.qkv_stride)  # fmt: skip
         barrier(words, p.n_threads)
         clear(other, WORK_PER_LAYER, p.n_threads, rank)
-        if not one:
+        if not bring:
             store_all(p, counter + 2 * work, layer, scratch)
             barrier(words, p.n_threads)
         attend_all(p, counter + 3 * work, layer, scratch)
@@ -127,6 +127,7 @@ def pack_tokens(p, counter, pack, rows, stride, norm, matrix, scratch):
         # What an unfilled tile multiplies besides is left over from before, and nobody reads the product.
         for t in range(min(pack.tile, p.n_tokens - tile * pack.tile)):
             pack_one(p, pack, rows + (tile * pack.tile + t) * stride, norm, matrix, tile, t, scratch)
+        finish_tile(matrix.groups, pack, tile)
     barrier(p.control + BARRIER * LINE, p.n_threads)
 
 
@@ -136,7 +137,7 @@ def pack_one(p, pack, row, norm, matrix, tile, t, scratch):
     if norm != 0:
         rms_norm(row, norm, p.hidden_size, matrix.groups * 128, p.eps, scratch + p.normed)
         row = scratch + p.normed
-    pack_row(row, matrix.groups, matrix.ceiling, pack, tile, t, scratch)
+    pack_row(row, matrix.groups, matrix.ceiling, pack, tile, t)
 
 
 @kernel
@@ -177,7 +178,9 @@ def logits_of_rows(p, counter, packs, rank, scratch):
             if is_f16:
                 pack_row_f32(scratch + p.normed, groups, pack, index, t)
             else:
-                pack_row(scratch + p.normed, groups, p.head.ceiling, pack, index, t, scratch)
+                pack_row(scratch + p.normed, groups, p.head.ceiling, pack, index, t)
+        if not is_f16:
+            finish_tile(groups, pack, index)
         if one:
             break
     barrier(p.control + BARRIER * LINE, p.n_threads)

@@ -526,6 +526,36 @@ def vstore_i8(b, a, v):
     emit_store(b, b.trunc(v, ir.VectorType(I8, 16)), a, 1)
 
 
+@vector_intrinsic(types.int64, i32x16)
+def words_of_i8(b, v):
+    """Bit i of four: whether any of lanes 4i to 4i + 3 is not 0 in its low byte."""
+    words = b.bitcast(b.trunc(v, ir.VectorType(I8, 16)), ir.VectorType(I32, 4))
+    some = b.icmp_signed("!=", words, ir.Constant(words.type, [0] * 4))
+    return b.zext(b.bitcast(some, ir.IntType(4)), I64)
+
+
+def _interleave(rows: int):
+    """[rows][32] of 32 bits at `a` becomes [32][rows] there; rows is a power of two, up to 16."""
+
+    def interleave(b, a):
+        low, high = ([i // 2 + half + 16 * (i % 2) for i in range(16)] for half in (0, 8))
+        low, high = ir.Constant(V_I32, low), ir.Constant(V_I32, high)
+        halves = [[emit_load(b, emit_offset(b, a, 128 * i + half), V_I32, 4) for i in range(rows)] for half in (0, 64)]
+        for n, lines in enumerate(halves):
+            step = rows
+            while step > 1:
+                pairs = zip(lines[: rows // 2], lines[rows // 2 :], strict=True)
+                lines = [b.shuffle_vector(x, y, part) for x, y in pairs for part in (low, high)]
+                step //= 2
+            for i, line in enumerate(lines):
+                emit_store(b, line, emit_offset(b, a, 64 * (rows * n + i)), 4)
+
+    return vector_intrinsic(types.void, ADDRESS)(interleave)
+
+
+interleave_few, interleave_many = _interleave(TARGET.few_columns), _interleave(TARGET.many_columns)
+
+
 @vector_intrinsic(f32x16, f32x16, types.int64)
 def keep_below(b, v, n):
     """Lanes below n as they are, the others -inf (n may be negative or above 16)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from numba import float32, int32, int64
+from numba import float32, int32
 
 from .jit import kernel
 from .simd import (
@@ -17,9 +17,10 @@ from .simd import (
     hmax,
     hsum,
     hsum_i32,
+    interleave_few,
+    interleave_many,
     load_f16,
     load_f32,
-    load_i32,
     load_i64,
     load_u8,
     round_i32,
@@ -41,8 +42,10 @@ from .simd import (
     vstore,
     vstore_i8,
     vsub,
+    words_of_i8,
     zero_i32,
 )
+from .target import TARGET
 
 SILU, GELU, GELU_TANH, RELU = 0, 1, 2, 3
 ROW_MAJOR_F16 = 0
@@ -102,8 +105,8 @@ def mean_size(x, n):
 
 
 @kernel
-def pack_row(x, groups, ceiling, pack, index, t, scratch):
-    """Quantize a row into token `t` of tile `index`; those of a tile come in order. `scratch`: 256 bytes.
+def pack_row(x, groups, ceiling, pack, index, t):
+    """Quantize a row into token `t` of tile `index`, whose tokens come in order and are then `finish_tile`d.
 
     A group's codes are q = rint(x / scale). Its largest value gets 127, unless that is an outlier, over `ceiling` times
     the mean size of the whole row: then that limit gets 127 (or what is 128 times smaller than the outlier, if that is
@@ -112,59 +115,64 @@ def pack_row(x, groups, ceiling, pack, index, t, scratch):
     tile = pack.tile
     limit = ceiling * mean_size(x, groups * 128)
     for g in range(groups):
-        at = (index * groups + g) * tile
+        group = index * groups + g
+        at = group * tile + t
+        values = x + 512 * g
         largest = splat(float32(0.0))
         for i in range(0, 128, 16):
-            largest = vmax(vabs(vload(x + 4 * (g * 128 + i))), largest)
+            largest = vmax(vabs(vload(values + 4 * i)), largest)
         absmax = hmax(largest)
         top = max(min(absmax, limit), absmax / float32(1 << LOW_BITS))
         inverse = splat(float32(127.0) / top if top > float32(1e-30) else float32(0.0))
-        store_f32(pack.scales + 4 * (at + t), top / float32(127.0))
-        # A token's words lie one after the other, or those of the tile's tokens between them.
-        together = pack.by_token != 0 or tile == 1
-        to = pack.codes + (at + t) * 128 if together else scratch
+        store_f32(pack.scales + 4 * at, top / float32(127.0))
         total = zero_i32()
-        for i in range(0, 128, 16):
-            q = round_i32(vmul(vload(x + 4 * (g * 128 + i)), inverse))
-            total = vadd_i32(total, q)
-            if absmax > top:
-                high = vhigh_part(q)
-                q = vlow_part(q, high)
-                vstore_i8(scratch + 128 + i, high)
-            vstore_i8(to + i, q)
-        store_i32(pack.sums + 4 * (at + t), hsum_i32(total))
-        if not together:
-            to = pack.codes + at * 128 + 4 * t
-            for word in range(32):
-                store_i32(to + word * tile * 4, load_i32(scratch + 4 * word))
         if t == 0:
-            store_i64(pack.masks + 8 * (index * groups + g), 0)
+            store_i64(pack.masks + 8 * group, 0)
         if absmax > top:
-            add_outliers(scratch + 128, pack, index * groups + g, t)
+            words = load_i64(pack.masks + 8 * group)
+            if words == 0:
+                clear(pack.highs + 128 * group * tile, 128 * tile)
+            for i in range(0, 128, 16):
+                q = round_i32(vmul(vload(values + 4 * i), inverse))
+                total = vadd_i32(total, q)
+                high = vhigh_part(q)
+                vstore_i8(pack.codes + 128 * at + i, vlow_part(q, high))
+                vstore_i8(pack.highs + 128 * at + i, high)
+                words |= words_of_i8(high) << (i // 4)
+            store_i64(pack.masks + 8 * group, words)
+        else:
+            for i in range(0, 128, 16):
+                q = round_i32(vmul(vload(values + 4 * i), inverse))
+                total = vadd_i32(total, q)
+                vstore_i8(pack.codes + 128 * at + i, q)
+        store_i32(pack.sums + 4 * at, hsum_i32(total))
 
 
 @kernel
-def add_outliers(high, pack, group, t):
-    """The high parts of token `t` in a group (counted over all tiles), int8 [128] at `high`, to a pack."""
-    tile, whole = pack.tile, pack.by_token != 0  # whole groups are multiplied there, else words
-    mask, highs = load_i64(pack.masks + 8 * group), pack.highs + group * tile * 128
-    if whole and mask == 0:
-        clear(highs, tile * 128)
-    for word in range(32):
-        codes = load_i32(high + 4 * word)
-        if codes != 0:
-            if not whole and mask >> word & 1 == 0:
-                clear(highs + word * tile * 4, tile * 4)
-            mask |= int64(1) << word
-            store_i32(highs + 4 * (t * 32 + word if whole else word * tile + t), codes)
-    store_i64(pack.masks + 8 * group, mask)
+def finish_tile(groups, pack, index):
+    """Codes and high parts of tile `index` from token by token to word by word, unless its kernel wants them so."""
+    if pack.tile == 1 or pack.by_token != 0:
+        return
+    for group in range(index * groups, (index + 1) * groups):
+        interleave(pack.codes + 128 * group * pack.tile, pack.tile)
+        if load_i64(pack.masks + 8 * group) != 0:
+            interleave(pack.highs + 128 * group * pack.tile, pack.tile)
+
+
+@kernel
+def interleave(a, tile):
+    """int8 [tile][32][4] at `a` becomes [32][tile][4]; `tile` is this target's for a few tokens or for many."""
+    if tile == TARGET.few_columns:
+        interleave_few(a)
+    else:
+        interleave_many(a)
 
 
 @kernel
 def clear(a, nbytes):
-    """Zero a multiple of 4 bytes."""
-    for i in range(a, a + nbytes, 4):
-        store_i32(i, 0)
+    """Zero a multiple of 64 bytes."""
+    for i in range(a, a + nbytes, 64):
+        vstore(i, splat(float32(0.0)))
 
 
 @kernel
