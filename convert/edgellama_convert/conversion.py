@@ -28,6 +28,7 @@ from edgellama.format.writer import check_replaceable
 from edgellama.quant import GROUP_SIZE, padded_shape
 from edgellama.sizing import layer_weights
 
+from .budget import CODE_BITS, Budget, linear_bits, unit_matrices
 from .calibration import BUILTIN, SELF, SEQUENCE_TOKENS, SMALL_MODEL, Calibration, CalibrationText
 from .checkpoint import Checkpoint, SourceTensor, read_small
 from .gptq import CalibratedLayers, WorkFolder, memory_needed, work_folder_of
@@ -38,6 +39,7 @@ from .receipt import Receipt, make_receipt
 from .report import ConvertReport
 from .resources import MIB, check_calibration_memory, check_memory, plan_buffers, private_bytes
 from .self_text import sample
+from .sensitivity import MEASURED_TOKENS, Sensitivity
 from .siblings import MAX_CONFIG_BYTES, as_llama_files, model_type_of, open_checkpoint, read_raw_config, to_llama
 from .source import CONFIG_FILE, Source, resolve
 from .surgery import Model, operate
@@ -47,8 +49,7 @@ SUFFIX = ".edgellama"
 GPTQ, AUTO = "gptq", "auto"
 MAX_FILE_BYTES = 32 * MIB
 """Of each tokenizer file; Llama-3's tokenizer.json has 9 MB."""
-_OWN_TEXT = "own-text.npz"
-_CODE_BITS = {"int4.g128": 4, "int8.g128": 8}
+_OWN_TEXT, _GAINS = "own-text.npz", "gains.npz"
 
 
 @contextmanager
@@ -67,6 +68,7 @@ def convert(
     out: str | os.PathLike[str] | None = None,
     *,
     method: str = AUTO,
+    bpw: float | None = None,
     lm_head_bits: int = 8,
     calibration: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     calibration_tokens: int | None = None,
@@ -87,14 +89,15 @@ def convert(
     (None), "self" (the model's own), a text file or a folder of such, or several of these. It works in a hidden folder
     beside `out`, and goes on there if it was killed. "auto" is "gptq" where calibration is asked for, and for models of
     up to `SMALL_MODEL` weights with a tokenizer, which lose most and are done in minutes; "search" for others.
-    lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that the process may hold (RSS without pages of
+    bpw: bits per weight that the layers' matrices may take, scales and padding counted: the matrices that gain most by
+    it, measured with text, get 8 bits instead of 4. lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that the process may hold (RSS without pages of
     mapped files). progress(done, total) counts weights. receipt: measure the result against the source and keep the
     figures in the file; receipt_progress(done, total) tells how far that is. add_pad_token: a token with rows of zeros.
     num_key_value_heads: average neighbouring heads of keys and values to so many. Raises ConvertError, ConfigError or
     TokenizerError; the destination is then what it was before, or absent.
     """
     started = time.perf_counter()
-    n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)
+    n_threads = _check_options(method, bpw, lm_head_bits, max_ram, n_threads)
     if method == AUTO and (calibration is not None or calibration_tokens is not None):
         method = GPTQ
     text = None
@@ -118,6 +121,7 @@ def convert(
         method = GPTQ if has_tokenizer(files) and layer_weights(config) <= SMALL_MODEL else "search"
     if method != GPTQ:
         text = None
+    budget = None if bpw is None else Budget(config, bpw)
     plain_method = "search" if method == GPTQ else method  # of what is not calibrated
     for bits in {4, lm_head_bits} - {16}:
         quantize(np.zeros((1, 1), np.float32), bits, plain_method)  # compiles, before memory is measured, time counted
@@ -132,25 +136,36 @@ def convert(
         work_started = time.perf_counter()
         work.compare_tied()
         raw_files = _hashed_files(origin.folder, source_files)
+        units: list[str] = []
+        if budget is not None:
+            extra["bpw"] = budget.bpw
         if text is not None:
             check_calibration_memory(max_ram, memory_needed(config, SEQUENCE_TOKENS))
-            state = _work_state(checkpoint, raw_files, text, lm_head_bits, model.changes)
+            state = _work_state(checkpoint, raw_files, text, bpw, lm_head_bits, model.changes)
             folder = stack.enter_context(WorkFolder(destination, state))
             used = _calibration_ids(text, folder, origin.folder, config, files, max_ram, n_threads)
             extra["calibration"] = used.summary()
+            if budget is not None:
+                units = work.choose_units(budget, used.ids, folder)
             layers = CalibratedLayers(
                 checkpoint,
                 config,
                 used.ids,
                 folder,
                 embedding_bits=lm_head_bits if config.tie_word_embeddings else 16,
+                int8_units=units,
                 n_threads=n_threads,
                 on_weights=work.on_weights,
             )
             work.calibrate(layers)
+        elif budget is not None:
+            units = work.choose_units(budget, _measured_ids(config, files))
+        specs = model_tensors(config, lm_head_bits, units)
         # Where the checkpoint once lay on someone's disk is nobody's business.
         stored_config = {key: value for key, value in raw_config.items() if key != "_name_or_path"}
-        with ModelWriter(destination, stored_config, lm_head_bits=lm_head_bits, method=method, **extra) as writer:
+        with ModelWriter(
+            destination, stored_config, lm_head_bits=lm_head_bits, method=method, int8_units=units, **extra
+        ) as writer:
             for spec in specs:
                 writer.write(spec.name, work.data(spec))
             work_seconds = time.perf_counter() - work_started
@@ -163,6 +178,7 @@ def convert(
                     {
                         "method": method,
                         "calibration": extra.get("calibration"),
+                        **({} if bpw is None else {"bpw": bpw}),
                         "source": origin.name,
                         "commit": origin.commit,
                     },
@@ -185,11 +201,13 @@ def convert(
             source=origin.name,
             commit=origin.commit,
             method=method,
+            bpw=bpw,
             lm_head_bits=lm_head_bits,
+            int8_matrices=sum(len(unit_matrices(unit)) for unit in units),
             source_bytes=checkpoint.nbytes,
             file_bytes=file_bytes,
             weights=work.total,
-            linear_bits_per_weight=_linear_bits(specs),
+            linear_bits_per_weight=linear_bits(specs),
             bits_per_weight=8 * file_bytes / work.total,
             worst_tensor=max(errors.items(), key=lambda item: item[1]),
             errors=errors,
@@ -268,11 +286,11 @@ class _Conversion:
         if self.layers is not None and spec.name.endswith((".qweight", ".scales")) and ".layers." in spec.name:
             self.pipeline.errors[tensor.name] = self.layers.error(tensor)
             return self.layers.codes(tensor) if spec.name.endswith(".qweight") else self.layers.scales(tensor)
-        if spec.layout in _CODE_BITS:
+        if spec.layout in CODE_BITS:
             n, k = padded_shape(*spec.shape)
             scales = np.empty((n // 16, k // GROUP_SIZE, 16), np.float16)
             self.scales[spec.name.removesuffix(".qweight") + ".scales"] = scales
-            return self.pipeline.quantized(tensor, _CODE_BITS[spec.layout], self.method, scales)
+            return self.pipeline.quantized(tensor, CODE_BITS[spec.layout], self.method, scales)
         if spec.layout == "scales.g128":
             return self.scales.pop(spec.name)
         if spec.layout in ("f16", "f16.r16"):
@@ -296,10 +314,12 @@ class _Conversion:
             raise refuse_untied()
 
 
-def _check_options(method: str, lm_head_bits: int, max_ram: int | None, n_threads: int | None) -> int:
+def _check_options(method: str, bpw: float | None, lm_head_bits: int, max_ram: int | None, n_threads: int | None) -> int:
     """The number of threads, all options being valid."""
     if method not in (*METHODS, GPTQ, AUTO):
         raise ConvertError(f"method {method!r} is unknown: it is one of {', '.join((AUTO, GPTQ, *METHODS))}")
+    if bpw is not None and not 0 < bpw < 16:  # false for NaN; `Budget` knows what the model can do
+        raise ConvertError(f"bpw {bpw:g} is not possible: the layers' matrices have 4 or 8 bits, so give 4.5 to 8, say")
     if lm_head_bits not in LM_HEAD_BITS:
         raise ConvertError(f"lm_head_bits {lm_head_bits!r} is not possible: it is one of 4, 8, 16")
     if max_ram is not None and max_ram <= 0:
@@ -354,6 +374,7 @@ def _work_state(
     checkpoint: Checkpoint,
     raw_files: Mapping[str, bytes],
     text: CalibrationText,
+    bpw: float | None,
     lm_head_bits: int,
     changes: Sequence[str],
 ) -> dict[str, Any]:
@@ -363,6 +384,7 @@ def _work_state(
         "weights": {name: file.identity() for name, file in checkpoint.files.items()},
         "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in raw_files.items()},
         "calibration": text.state(),
+        "bpw": bpw,
         "lm_head_bits": lm_head_bits,
         "changes": list(changes),
     }
@@ -409,13 +431,6 @@ def _held_bytes(specs: Sequence[TensorSpec]) -> int:
             layer = ".".join(spec.name.split(".")[:3])
             by_layer[layer] = by_layer.get(layer, 0) + 2 * LAYOUTS[spec.layout].nbytes(spec.shape)
     return max(by_layer.values(), default=0) + MIB
-
-
-def _linear_bits(specs: Sequence[TensorSpec]) -> float:
-    """Bits per weight of the layers' matrices."""
-    layers = [spec for spec in specs if spec.name.startswith("model.layers.") and len(spec.shape) == 2]
-    stored = sum(LAYOUTS[spec.layout].nbytes(spec.shape) for spec in layers)
-    return 8 * stored / sum(int(np.prod(spec.shape)) for spec in layers if spec.layout in _CODE_BITS)
 
 
 def _hashed_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:

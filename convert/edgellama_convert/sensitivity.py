@@ -1,0 +1,2 @@
+MEASURED_TOKENS=4096
+class Sensitivity: pass
