@@ -22,12 +22,13 @@ from edgellama import __version__
 from edgellama.backends.cpu.threads import default_threads
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError, TokenizerError
-from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, has_tokenizer, model_tensors
+from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, has_tokenizer, model_tensors, unit_names
 from edgellama.format.schema import LM_HEAD_BITS
 from edgellama.format.writer import check_replaceable
 from edgellama.quant import GROUP_SIZE, padded_shape
 from edgellama.sizing import layer_weights
 
+from . import sensitivity
 from .budget import CODE_BITS, Budget, linear_bits, unit_matrices
 from .calibration import BUILTIN, SELF, SEQUENCE_TOKENS, SMALL_MODEL, Calibration, CalibrationText
 from .checkpoint import Checkpoint, SourceTensor, read_small
@@ -39,7 +40,6 @@ from .receipt import Receipt, make_receipt
 from .report import ConvertReport
 from .resources import MIB, check_calibration_memory, check_memory, plan_buffers, private_bytes
 from .self_text import sample
-from .sensitivity import MEASURED_TOKENS, Sensitivity
 from .siblings import MAX_CONFIG_BYTES, as_llama_files, model_type_of, open_checkpoint, read_raw_config, to_llama
 from .source import CONFIG_FILE, Source, resolve
 from .surgery import Model, operate
@@ -89,12 +89,13 @@ def convert(
     (None), "self" (the model's own), a text file or a folder of such, or several of these. It works in a hidden folder
     beside `out`, and goes on there if it was killed. "auto" is "gptq" where calibration is asked for, and for models of
     up to `SMALL_MODEL` weights with a tokenizer, which lose most and are done in minutes; "search" for others.
-    bpw: bits per weight that the layers' matrices may take, scales and padding counted: the matrices that gain most by
-    it, measured with text, get 8 bits instead of 4. lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that the process may hold (RSS without pages of
-    mapped files). progress(done, total) counts weights. receipt: measure the result against the source and keep the
-    figures in the file; receipt_progress(done, total) tells how far that is. add_pad_token: a token with rows of zeros.
-    num_key_value_heads: average neighbouring heads of keys and values to so many. Raises ConvertError, ConfigError or
-    TokenizerError; the destination is then what it was before, or absent.
+    bpw: bits per weight that the layers' matrices may take, scales and padding counted: those that gain most by it,
+    which is measured with text, get 8 bits instead of 4. lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram:
+    bytes that the process may hold (RSS without pages of mapped files). progress(done, total) counts weights. receipt:
+    measure the result against the source and keep the figures in the file; receipt_progress(done, total) tells how far
+    that is. add_pad_token: a token with rows of zeros. num_key_value_heads: average neighbouring heads of keys and
+    values to so many. Raises ConvertError, ConfigError or TokenizerError; the destination is then what it was before,
+    or absent.
     """
     started = time.perf_counter()
     n_threads = _check_options(method, bpw, lm_head_bits, max_ram, n_threads)
@@ -119,9 +120,14 @@ def convert(
     warnings = [*model.changes, *check_tokenizer(files, config)]
     if method == AUTO:
         method = GPTQ if has_tokenizer(files) and layer_weights(config) <= SMALL_MODEL else "search"
-    if method != GPTQ:
-        text = None
     budget = None if bpw is None else Budget(config, bpw)
+    if method != GPTQ and budget is not None and not has_tokenizer(files):
+        raise ConvertError(
+            f"bpw needs text to measure with, and the source has no tokenizer to read it: "
+            f"use --method {GPTQ} --calibration {SELF}, text that the model writes itself"
+        )
+    if method != GPTQ:
+        text = None if budget is None else CalibrationText([BUILTIN], sensitivity.MEASURED_TOKENS)
     plain_method = "search" if method == GPTQ else method  # of what is not calibrated
     for bits in {4, lm_head_bits} - {16}:
         quantize(np.zeros((1, 1), np.float32), bits, plain_method)  # compiles, before memory is measured, time counted
@@ -131,22 +137,26 @@ def convert(
         specs = model_tensors(config, lm_head_bits)
         plan = plan_tensors(config, specs, checkpoint.tensors)
         work = _Conversion(checkpoint, specs, plan, plain_method, max_ram, n_threads, files, progress)
+        if budget is not None:
+            work.also += layer_weights(config)
         stack.enter_context(work.pipeline)
         extra: dict[str, Any] = {}
         work_started = time.perf_counter()
         work.compare_tied()
         raw_files = _hashed_files(origin.folder, source_files)
         units: list[str] = []
-        if budget is not None:
-            extra["bpw"] = budget.bpw
         if text is not None:
-            check_calibration_memory(max_ram, memory_needed(config, SEQUENCE_TOKENS))
-            state = _work_state(checkpoint, raw_files, text, bpw, lm_head_bits, model.changes)
+            needed = [memory_needed(config, SEQUENCE_TOKENS)] if method == GPTQ else []
+            needed += [] if budget is None else [sensitivity.memory_needed(config, SEQUENCE_TOKENS)]
+            check_calibration_memory(max_ram, max(needed))
+            state = _work_state(checkpoint, raw_files, text, method, bpw, lm_head_bits, model.changes)
             folder = stack.enter_context(WorkFolder(destination, state))
             used = _calibration_ids(text, folder, origin.folder, config, files, max_ram, n_threads)
+        if budget is not None:
+            extra["bpw"] = budget.bpw
+            units = work.choose_units(budget, config, used.ids, folder)
+        if method == GPTQ:
             extra["calibration"] = used.summary()
-            if budget is not None:
-                units = work.choose_units(budget, used.ids, folder)
             layers = CalibratedLayers(
                 checkpoint,
                 config,
@@ -158,8 +168,6 @@ def convert(
                 on_weights=work.on_weights,
             )
             work.calibrate(layers)
-        elif budget is not None:
-            units = work.choose_units(budget, _measured_ids(config, files))
         specs = model_tensors(config, lm_head_bits, units)
         # Where the checkpoint once lay on someone's disk is nobody's business.
         stored_config = {key: value for key, value in raw_config.items() if key != "_name_or_path"}
@@ -204,6 +212,7 @@ def convert(
             bpw=bpw,
             lm_head_bits=lm_head_bits,
             int8_matrices=sum(len(unit_matrices(unit)) for unit in units),
+            layer_matrices=sum(len(unit_matrices(unit)) for unit in unit_names(config)),
             source_bytes=checkpoint.nbytes,
             file_bytes=file_bytes,
             weights=work.total,
@@ -250,9 +259,12 @@ class _Conversion:
         progress: Callable[[int, int], None] | None,
     ):
         self.checkpoint, self.plan, self.method, self.max_ram = checkpoint, plan, method, max_ram
+        self.n_threads = n_threads
         self.progress = progress or (lambda done, total: None)
         tensors = {tensor.name: tensor for tensor in plan.sources.values()}
         self.total = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+        self.also = 0
+        """Weights of other work that is told as progress."""
         self.done = 0
         self.peak_rss = private_bytes()
         self.scales: dict[str, np.ndarray] = {}
@@ -273,7 +285,25 @@ class _Conversion:
         if held is not None:
             self.peak_rss = max(held, self.peak_rss or 0)
         self.done += n
-        self.progress(self.done, self.total)
+        self.progress(self.done, self.total + self.also)
+
+    def choose_units(self, budget: Budget, config: LlamaConfig, ids: np.ndarray, folder: WorkFolder) -> list[str]:
+        """The units of 8 bits. What they gain is measured on `ids`, or was before the conversion was killed."""
+        if folder.is_whole(_GAINS, ["gains"]):
+            self.on_weights(layer_weights(config))
+            gains = dict(zip(unit_names(config), folder.load_array(_GAINS, "gains").tolist(), strict=True))
+        else:
+            gains = sensitivity.measure(
+                self.checkpoint,
+                config,
+                ids,
+                folder,
+                method=self.method,
+                n_threads=self.n_threads,
+                on_weights=self.on_weights,
+            )
+            folder.save_arrays(_GAINS, {"gains": np.array(list(gains.values()))})
+        return budget.choose(gains)
 
     def calibrate(self, layers: CalibratedLayers) -> None:
         """Quantize the layers' matrices; `data` takes them from there."""
@@ -314,7 +344,9 @@ class _Conversion:
             raise refuse_untied()
 
 
-def _check_options(method: str, bpw: float | None, lm_head_bits: int, max_ram: int | None, n_threads: int | None) -> int:
+def _check_options(
+    method: str, bpw: float | None, lm_head_bits: int, max_ram: int | None, n_threads: int | None
+) -> int:
     """The number of threads, all options being valid."""
     if method not in (*METHODS, GPTQ, AUTO):
         raise ConvertError(f"method {method!r} is unknown: it is one of {', '.join((AUTO, GPTQ, *METHODS))}")
@@ -374,6 +406,7 @@ def _work_state(
     checkpoint: Checkpoint,
     raw_files: Mapping[str, bytes],
     text: CalibrationText,
+    method: str,
     bpw: float | None,
     lm_head_bits: int,
     changes: Sequence[str],
@@ -384,6 +417,7 @@ def _work_state(
         "weights": {name: file.identity() for name, file in checkpoint.files.items()},
         "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in raw_files.items()},
         "calibration": text.state(),
+        "method": method,
         "bpw": bpw,
         "lm_head_bits": lm_head_bits,
         "changes": list(changes),

@@ -20,6 +20,7 @@ class ConvertReport:
     lm_head_bits: int
     int8_matrices: int
     """How many of the layers' matrices have 8 bits; the others have 4."""
+    layer_matrices: int
     source_bytes: int
     """All safetensors files of the source."""
     file_bytes: int

@@ -46,9 +46,7 @@ def model_tensors(config: LlamaConfig, lm_head_bits: int, int8_units: Collection
     return list(iter_tensors(config, lm_head_bits, int8_units))
 
 
-def iter_tensors(
-    config: LlamaConfig, lm_head_bits: int, int8_units: Collection[str] = ()
-) -> Iterator[TensorSpec]:
+def iter_tensors(config: LlamaConfig, lm_head_bits: int, int8_units: Collection[str] = ()) -> Iterator[TensorSpec]:
     """`model_tensors` one by one: a reader stops at the first that differs, and a hostile config may ask for 60,000.
 
     Matrices that are multiplied by the same input (q, k, v; gate, up) stand next to each other, codes beside codes and

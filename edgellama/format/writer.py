@@ -56,8 +56,8 @@ class ModelWriter:
     """Writes one file; a context manager that leaves the destination as it was unless `finish()` returned.
 
     The same arguments and data give the same bytes. `raw_config` is the checkpoint's config.json, stored verbatim;
-    `int8_units` are those of the layers' units (`schema.unit_names`, in that order) that have 8 bits instead of 4; `extra`
-    are further JSON values for the header's `quantization`. EdgellamaError if the destination exists and is not
+    `int8_units` are those of the layers' units that have 8 bits instead of 4 (`unit_names`, in that order); `extra` are
+    further JSON values for the header's `quantization`. EdgellamaError if the destination exists and is not
     an `.edgellama` file, if its folder is missing, or if the disk has not enough room. After any error the writer is
     closed and its temporary file gone.
     """

@@ -15,14 +15,15 @@ from edgellama.backends.cpu.jit import entry_point, kernel
 
 from ..scale_search import LANES, LARGEST_HALF, ROUND, WORK_ROWS, choose_scales
 
+
 @entry_point
 def quantize_group(adjusted, target, upper, weight, zero, codes, scales, errors):
     """Choose scales for a group, then codes one input after the other, each making up for the errors before it.
 
     adjusted float32[rows, n]: what would make up best for the groups before; target float32[rows, n]: the weights.
-    upper float32[n, n]: unit upper triangular factor A of the Hessian A D A^T; weight float32[n]: of a squared error;
-    zero: 8 (int4) or 128 (int8). Fills codes uint8[rows, n] (zero point added), scales uint16[rows] (float16 bits), errors float32[rows, n]
-    (target - dequantized).
+    upper float32[n, n]: unit upper triangular factor A of the Hessian A D A^T; weight float32[n]: of a squared error.
+    zero: 8 (int4) or 128 (int8). Fills codes uint8[rows, n] (zero point added), scales uint16[rows] (float16 bits),
+    errors float32[rows, n] (target - dequantized).
     """
     rows, n = adjusted.shape
     low, high, zero_point = np.float32(-zero), np.float32(zero - 1), np.float32(zero)
@@ -71,8 +72,8 @@ def refine_group(gradient, target, hessian, zero, codes, scales, errors):
     """One round of coordinate descent on tr(E H E^T) over a group: first its scale, then its codes in order.
 
     gradient float32[rows, n]: (E H) of the group's inputs, changed here; target float32[rows, n]: the weights; hessian
-    float32[n, n]: its diagonal block; zero: as in `quantize_group`. Changes codes, scales and errors (as in `quantize_group`) in place; a step is
-    taken only if it lowers the objective.
+    float32[n, n]: its diagonal block. Changes codes, scales and errors in place (these and zero: as in
+    `quantize_group`); a step is taken only if it lowers the objective.
     """
     rows, n = gradient.shape
     low, high, zero_point = np.float32(-zero), np.float32(zero - 1), np.float32(zero)

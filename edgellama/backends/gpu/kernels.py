@@ -224,8 +224,8 @@ def qkv(
     q_out, keys, values, key_scales, value_scales,
     n_groups, n_rows, n_tokens, k_row, v_row, k_gap, v_gap, k_bias, v_bias, n_blocks, hidden_size, n_ctx, query_scale,
     eps, BITS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr,
-    LINES: tl.constexpr, EVEN: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BY_POSITION: tl.constexpr,
-    INT8: tl.constexpr,
+    LINES: tl.constexpr, EVEN: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BY_POSITION: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Norm, q_proj, k_proj and v_proj, RoPE, and keys and values into the cache: PAIRS dimensions and their partners.
 
