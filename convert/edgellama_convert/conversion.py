@@ -154,7 +154,7 @@ def convert(
             used = _calibration_ids(text, folder, origin.folder, config, files, max_ram, n_threads)
         if budget is not None:
             extra["bpw"] = budget.bpw
-            units = work.choose_units(budget, config, used.ids, folder)
+            units = work.choose_units(budget, config, method, used.ids, folder)
         if method == GPTQ:
             extra["calibration"] = used.summary()
             layers = CalibratedLayers(
@@ -287,7 +287,9 @@ class _Conversion:
         self.done += n
         self.progress(self.done, self.total + self.also)
 
-    def choose_units(self, budget: Budget, config: LlamaConfig, ids: np.ndarray, folder: WorkFolder) -> list[str]:
+    def choose_units(
+        self, budget: Budget, config: LlamaConfig, method: str, ids: np.ndarray, folder: WorkFolder
+    ) -> list[str]:
         """The units of 8 bits. What they gain is measured on `ids`, or was before the conversion was killed."""
         if folder.is_whole(_GAINS, ["gains"]):
             self.on_weights(layer_weights(config))
@@ -298,7 +300,7 @@ class _Conversion:
                 config,
                 ids,
                 folder,
-                method=self.method,
+                method=method,
                 n_threads=self.n_threads,
                 on_weights=self.on_weights,
             )

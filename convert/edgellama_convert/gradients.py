@@ -25,6 +25,8 @@ _TILE = 512  # tokens, and inputs of a matrix, of a product that is one thread's
 _NUMBERS = 1 << 18  # of whatever is done element by element, at a time
 _STEP = np.float32(2**-6)  # of an activation's slope: truncation and rounding are both below 1e-4
 
+OnInput = Callable[[str, np.ndarray], None]
+"""(unit of `UNITS`, its input [tokens, in])"""
 Change = Callable[[str, np.ndarray], np.ndarray]
 """(name of a matrix in `UNITS`, its input [tokens, in]) -> how its output changes, [tokens, out]"""
 
@@ -36,11 +38,14 @@ class Layer:
         self._math, self._matrices, self._norms, self._pool = math, matrices, norms, pool
         self._cos, self._sin = cos_sin(math.config, np.arange(math.seq_len), math.seq_len)
 
-    def forward(self, x: np.ndarray) -> np.ndarray:
-        """[tokens, hidden] -> the same of the next layer."""
-        _, _, middle, _ = self._attention(x)
-        _, gate, up = self._gate_up(middle)
-        return middle + self._linear(DOWN, self._math.gated(gate, up))
+    def forward(self, x: np.ndarray, on_input: OnInput = lambda unit, x: None) -> np.ndarray:
+        """[tokens, hidden] -> the same of the next layer; tells what goes into each unit."""
+        h, _, middle, attended = self._attention(x)
+        h2, gate, up = self._gate_up(middle)
+        inner = self._math.gated(gate, up)
+        for unit, each_input in ((QKV, h), (O, attended), (GATE_UP, h2), (DOWN, inner)):
+            on_input(unit, each_input)
+        return middle + self._linear(DOWN, inner)
 
     def backward(self, x: np.ndarray, gradient: np.ndarray, change: Change) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Of this input and the gradient of this layer's output: (the gradient of the input, what moves the loss).

@@ -26,10 +26,11 @@ from edgellama.quant import ROW_BLOCK, dequantize, unpack_int4, unpack_scales
 from .checkpoint import STORED, Checkpoint, SourceTensor, row_slabs, to_float32
 from .gptq.layer import LayerMath, Linear
 from .gptq.parts import each_part, threads
+from .gptq.solve import Factor, Moments, quantize_matrix
 from .gptq.work import Stream, WorkFolder
 from .gradients import Layer, norm_back
 from .names import EMBEDDING
-from .quantizers import quantize
+from .quantizers import METHODS, quantize
 
 MEASURED_TOKENS = 4096
 _CHUNK_BYTES = 48 << 20
@@ -134,7 +135,7 @@ class _Pass:
 
     def _backward(self, i: int, gradient: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         layer, matrices = self._layer(i)
-        errors = {name: Linear(self._rounding(linear.weight, f"{i}.{name}")) for name, linear in matrices.items()}
+        errors = self._errors(i, layer, matrices)
         gains = dict.fromkeys(UNITS, 0.0)
         out = np.empty_like(gradient)
         with self._stream(i) as inputs:
@@ -165,8 +166,31 @@ class _Pass:
         ]
         return Layer(self._math, matrices, norms, self._pool), matrices
 
+    def _errors(self, i: int, layer: Layer, matrices: dict[str, Linear]) -> dict[str, Linear]:
+        """What 4 bits change of each matrix, by the method that the conversion uses."""
+        if self._method in METHODS:
+            return {name: Linear(self._rounding(linear.weight, f"{i}.{name}")) for name, linear in matrices.items()}
+        moments: dict[str, Moments] = {}
+
+        def count(unit: str, x: np.ndarray) -> None:
+            if unit not in moments:
+                moments[unit] = Moments.zeros(x.shape[1], 0)
+            moments[unit].add(x, np.empty((len(x), 0), np.float32), self._pool)
+
+        with self._stream(i) as inputs:
+            for here in self._chunks():
+                layer.forward(inputs.read(here.start, here.stop), count)
+        errors = {}
+        for unit, names in UNITS.items():
+            of_unit = moments.pop(unit)
+            of_unit.complete()
+            factor = Factor(of_unit.hessian, self._pool)
+            for name in names:
+                errors[name] = Linear(quantize_matrix(matrices[name].weight, factor, 4, self._pool).errors)
+        return errors
+
     def _rounding(self, weight: np.ndarray, name: str) -> np.ndarray:
-        """What 4 bits change of a matrix."""
+        """What 4 bits change of a matrix, each weight by itself."""
         out = np.empty_like(weight)
 
         def some(row: int, end: int) -> None:
