@@ -147,7 +147,7 @@ def convert(
         units: list[str] = []
         if text is not None:
             needed = [memory_needed(config, SEQUENCE_TOKENS)] if method == GPTQ else []
-            needed += [] if budget is None else [sensitivity.memory_needed(config, SEQUENCE_TOKENS)]
+            needed += [] if budget is None else [sensitivity.memory_needed(config, SEQUENCE_TOKENS, method)]
             check_calibration_memory(max_ram, max(needed))
             state = _work_state(checkpoint, raw_files, text, method, bpw, lm_head_bits, model.changes)
             folder = stack.enter_context(WorkFolder(destination, state))

@@ -22,6 +22,7 @@ from edgellama.errors import ConvertError
 from edgellama.format import unit_names
 from edgellama.format.schema import UNITS
 from edgellama.quant import ROW_BLOCK, dequantize, unpack_int4, unpack_scales
+from edgellama.sizing import layer_weights
 
 from .checkpoint import STORED, Checkpoint, SourceTensor, row_slabs, to_float32
 from .gptq.layer import LayerMath, Linear
@@ -43,12 +44,14 @@ _LARGEST = np.float32(1)
 """KL of one token, in nats, that is counted at most: where a position's gradient is huge, second order is far off."""
 
 
-def memory_needed(config: LlamaConfig, length: int) -> int:
+def memory_needed(config: LlamaConfig, length: int, method: str) -> int:
     """Bytes that measuring holds at its peak, without the process as it was before."""
     hidden, wide, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    layer = hidden * (2 * heads + 2 * keys + 3 * wide)
-    return 4 * (2 * layer + wide * hidden) + 10 * max(_CHUNK_BYTES, 4 * length * max(wide, heads, hidden))
+    layer = layer_weights(config) // config.num_hidden_layers
+    hessians = 0 if method in METHODS else 2 * hidden * hidden + heads * heads + 2 * wide * wide  # and one's factor
+    streams = 4 * max(MEASURED_TOKENS, length) * hidden
+    activations = 10 * max(_CHUNK_BYTES, 4 * length * max(wide, heads, hidden)) + 8 * _SLAB_BYTES
+    return 4 * (2 * layer + wide * hidden + hessians + streams) + activations
 
 
 def measure(
@@ -91,6 +94,7 @@ class _Pass:
         self._checkpoint, self._config, self._ids, self._work = checkpoint, config, ids, work
         self._method, self._pool, self._on_weights = method, pool, on_weights
         self._math = LayerMath(config, ids.shape[1], pool)
+        self._weights = layer_weights(config) // config.num_hidden_layers
         widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim, config.hidden_size)
         self._chunk = max(1, _CHUNK_BYTES // (4 * widest * ids.shape[1])) * ids.shape[1]
 
@@ -130,7 +134,7 @@ class _Pass:
         out = np.empty_like(x)
         for here in self._chunks():
             out[here] = layer.forward(x[here])
-        self._on_weights(self._weights_of_layer() // 4)
+        self._on_weights(self._weights // 4)
         return out
 
     def _backward(self, i: int, gradient: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
@@ -144,13 +148,8 @@ class _Pass:
                 out[here], moved = layer.backward(x, gradient[here], lambda name, x: self._math.linear(errors[name], x))
                 for unit, change in moved.items():
                     gains[unit] += float(np.minimum(change * change / 2, _LARGEST).sum(dtype=np.float64))
-        self._on_weights(self._weights_of_layer() - self._weights_of_layer() // 4)
+        self._on_weights(self._weights - self._weights // 4)
         return out, gains
-
-    def _weights_of_layer(self) -> int:
-        config = self._config
-        heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-        return config.hidden_size * (heads + 3 * config.intermediate_size)
 
     def _layer(self, i: int) -> tuple[Layer, dict[str, Linear]]:
         """Layer i of the source, and its matrices by name."""
