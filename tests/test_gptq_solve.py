@@ -366,4 +366,5 @@ def test_kernels_at_the_ends_of_float16(scale, bits, monkeypatch):
         assert (errors == target - dequantize(codes, scales.view(np.float16)[:, None], bits)).all()
         outcomes.append((codes, scales, errors))
     assert_equal_bits(*outcomes)
-    assert scale not in (1e-6, 1e5) or np.square(errors).sum() < 0.2 * np.square(target).sum()
+    held = (1e-6, 1e5) if bits == 4 else (1e5,)  # the smallest float16 is 6e-8: no scale for 1e-6 / 128
+    assert scale not in held or np.square(errors).sum() < 0.2 * np.square(target).sum()
