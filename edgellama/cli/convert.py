@@ -24,9 +24,9 @@ done for small models (up to 200 million weights in the layers: minutes); others
 get `search`, which needs no text. It takes a minute and a half for a 7B model,
 gptq three hours. Interrupted, it goes on when the same command is given again.
 
---bpw spends further bits where they help most: what rounding each matrix does to
-the model's answers is measured with text, and the worst get 8 bits instead of 4
-until the layers have the bits per weight that you state.
+--bpw spends further bits where they help most: what rounding each matrix does
+to the model's answers is measured with text, and the worst get 8 bits instead
+of 4 until the layers have the bits per weight that you state.
 
 When it is written, the model is measured against its source on a short text of
 several languages; `edgellama info` shows the figures, `verify` checks answers
