@@ -1,11 +1,12 @@
 """How far each way to 4 bits is from its source: edgellama's methods, and llama.cpp's own quantizations of it.
 
-    python benchmarks/quality.py SOURCE TEXT... [--methods rtn,search,gptq] [--folder DIR] \
+    python benchmarks/quality.py SOURCE TEXT... [--methods rtn,search,gptq] [--bpw 4.5,5.4] [--folder DIR] \
         [--llama-cpp llama/bin/python --types Q4_0,Q4_K_M]
 
 SOURCE is a checkpoint folder, TEXT a file not used for calibration; what counts is the mean over the texts. All
 are computed in float32 from the weights as stored (`edgellama compare`'s arithmetic): activations and kernels play no
-part. llama.cpp quantizes a GGUF of the same float32 weights, and the gguf package reads its file's weights back.
+part. With `--bpw` each method is measured under these budgets, too. llama.cpp quantizes a GGUF of the same float32
+weights, and the gguf package reads its file's weights back.
 `--llama-cpp` is the Python of an environment with llama-cpp-python and gguf. Converted files stay in DIR for next time.
 """
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("text", type=Path, nargs="+")
     parser.add_argument("--methods", default="rtn,search,gptq")
+    parser.add_argument("--bpw", default="", metavar="BITS", help="budgets that each method is tried under as well")
     parser.add_argument("--types", default="Q4_0,Q4_K_M")
     parser.add_argument("--llama-cpp", metavar="PYTHON")
     parser.add_argument("--folder", type=Path)
@@ -39,33 +41,35 @@ def main() -> None:
         folder = args.folder or Path(name)
         folder.mkdir(exist_ok=True)
         rows = []
+        budgets = [None, *(float(bits) for bits in args.bpw.split(",") if bits)]
         for method in args.methods.split(","):
-            rows.append(show(ours(args, method, folder)))
+            rows += [show(ours(args, method, bpw, folder)) for bpw in budgets]
         for kind in args.types.split(",") if args.llama_cpp else []:
             rows.append(show(theirs(args, kind, Path(name))))
     means = [float(np.mean([result.kl_mean for result in row[3]])) for row in rows]
     for row, mean in zip(rows, means, strict=True):
-        print(f"{row[0]:8} KL {mean:.4f}, {mean / means[0]:.3f} of {rows[0][0]}'s")
+        print(f"{row[0]:12} KL {mean:.4f}, {mean / means[0]:.3f} of {rows[0][0]}'s")
 
 
 def show(row: Row) -> Row:
     name, linear_bits, bits, results, seconds = row
     texts = "   ".join(f"KL {c.kl_mean:.4f} top-1 {c.top1:.1%} ppl {c.perplexity:.2f}" for c in results)
-    print(f"{name:8} {linear_bits:.3f} bits in the layers, {bits:.3f} in all; {seconds:.0f} s   {texts}", flush=True)
+    print(f"{name:12} {linear_bits:.3f} bits in the layers, {bits:.3f} in all; {seconds:.0f} s   {texts}", flush=True)
     return row
 
 
-def ours(args: argparse.Namespace, method: str, folder: Path) -> Row:
+def ours(args: argparse.Namespace, method: str, bpw: float | None, folder: Path) -> Row:
     from edgellama_convert import convert
     from edgellama_convert.comparison import compare
 
-    out, report = folder / f"{method}.edgellama", folder / f"{method}.json"
+    name = method if bpw is None else f"{method} {bpw:g}"
+    out, report = folder / f"{name}.edgellama", folder / f"{name}.json"
     if not report.exists():
-        done = convert(args.source, out, method=method, receipt=False)
+        done = convert(args.source, out, method=method, bpw=bpw, receipt=False)
         report.write_text(json.dumps([done.linear_bits_per_weight, done.bits_per_weight, done.seconds]))
     linear_bits, bits, seconds = json.loads(report.read_text())
     results = [compare(out, args.source, text.read_text(), max_windows=args.chunks) for text in args.text]
-    return method, linear_bits, bits, results, seconds
+    return name, linear_bits, bits, results, seconds
 
 
 def theirs(args: argparse.Namespace, kind: str, folder: Path) -> Row:

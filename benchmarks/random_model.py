@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,17 +100,21 @@ def _stored(layout: str, bits: int, rows: int, columns: int) -> np.ndarray:
     return quant.pack_scales((spread * STD * 3**0.5 / largest).astype(np.float16))
 
 
-def write_edgellama(shape: str, path: Path, lm_head_bits: int = 8) -> Path:
-    """Write an `.edgellama` file; replaces another one."""
+def write_edgellama(shape: str, path: Path, lm_head_bits: int = 8, int8_units: Sequence[str] = ()) -> Path:
+    """Write an `.edgellama` file; replaces another one. `int8_units`: see `edgellama.format.unit_names`."""
     from edgellama.format import ModelWriter
 
-    with ModelWriter(path, config(shape), lm_head_bits=lm_head_bits, method="random") as writer:
+    options: dict[str, Any] = {"lm_head_bits": lm_head_bits, "int8_units": int8_units, "method": "random"}
+    with ModelWriter(path, config(shape), **options) as writer:
+        stored_bits = {
+            spec.name.removesuffix(".qweight"): 8 if spec.layout == "int8.g128" else 4 for spec in writer.specs
+        }
         for spec in writer.specs:
             if spec.layout == "f32":
                 writer.write(spec.name, np.ones(spec.shape, "<f4"))
                 continue
             rows, columns = spec.shape
-            bits = lm_head_bits if spec.name.startswith(("lm_head", "model.embed_tokens")) else 4
+            bits = stored_bits.get(spec.name.removesuffix(".scales"), 4)
             blocks = (min(BLOCK_ROWS, rows - start) for start in range(0, rows, BLOCK_ROWS))
             writer.write(spec.name, (_stored(spec.layout, bits, n, columns) for n in blocks))
         return writer.finish(files={}, provenance={"source": f"random weights of the shape {shape}"})

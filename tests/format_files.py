@@ -5,6 +5,7 @@ Does not need quantizers or checkpoints: the bytes are random, which every layou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,17 @@ def tensor_bytes(spec: TensorSpec, seed: int = 0) -> np.ndarray:
 
 
 def write_file(
-    path: str | Path, config: dict[str, Any] | None = None, *, lm_head_bits: int = 8, seed: int = 0, **overrides: Any
+    path: str | Path,
+    config: dict[str, Any] | None = None,
+    *,
+    lm_head_bits: int = 8,
+    int8_units: Sequence[str] = (),
+    seed: int = 0,
+    **overrides: Any,
 ) -> Path:
     """Write a valid file; `overrides` replace keys of CONFIG."""
-    with ModelWriter(path, {**(config or CONFIG), **overrides}, lm_head_bits=lm_head_bits, method="rtn") as writer:
+    raw = {**(config or CONFIG), **overrides}
+    with ModelWriter(path, raw, lm_head_bits=lm_head_bits, method="rtn", int8_units=int8_units) as writer:
         for spec in writer.specs:
             writer.write(spec.name, tensor_bytes(spec, seed))
         writer.finish(FILES, PROVENANCE)

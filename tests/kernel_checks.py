@@ -20,7 +20,6 @@ import torch
 import triton
 import triton.language as tl
 
-from checkpoints import make_checkpoint
 from edgellama import quant
 from edgellama.backends.gpu import attention_kernels, dense, kernels
 from edgellama.backends.gpu.backend import TorchBackend
@@ -28,7 +27,7 @@ from edgellama.backends.gpu.decode import dequantize
 from edgellama.backends.gpu.selection import Choice
 from edgellama.backends.reference import ReferenceBackend
 from edgellama.format import open_model
-from edgellama_convert import convert
+from mixed_files import units, write_mixed
 
 F32_TOLERANCE = 1e-5
 """Of the largest value: sums of up to 600 products in float32, in two orders."""
@@ -43,9 +42,9 @@ def rows_times(codes, scales, x, y, n_groups, BITS: tl.constexpr, LINES: tl.cons
 
 
 @triton.jit
-def two_rows_times(codes, scales, x, y, apart, gap, n_groups, LINES: tl.constexpr):
+def two_rows_times(codes, scales, x, y, apart, gap, n_groups, BITS: tl.constexpr, LINES: tl.constexpr):
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
-    a, b = kernels.multiply_two(codes, scales, x, rows, rows + apart, gap, n_groups, LINES, False)
+    a, b = kernels.multiply_two(codes, scales, x, rows, rows + apart, gap, n_groups, BITS, LINES, False)
     tl.store(y + rows, a)
     tl.store(y + apart + rows, b)
 
@@ -116,15 +115,16 @@ def check_multiply() -> None:
 
 
 def check_multiply_two() -> None:
-    matrix = Random(96, 300, 4)
-    x = activations(1, 300)
-    gap = 16  # the second half's scales lie a gap further, as between two tensors of a file
-    scales = torch.cat(
-        (matrix.scales[:3].reshape(-1), torch.zeros(gap, dtype=torch.float16), matrix.scales[3:].reshape(-1))
-    )
-    y = torch.zeros(96)
-    two_rows_times[(3,)](matrix.words, scales, transposed(x, 3), y, 48, gap, 3, 32)
-    close(y, matrix.weights @ x[0], F32_TOLERANCE)
+    for bits in (4, 8):
+        matrix = Random(96, 300, bits)
+        x = activations(1, 300)
+        gap = 16  # the second half's scales lie a gap further, as between two tensors of a file
+        scales = torch.cat(
+            (matrix.scales[:3].reshape(-1), torch.zeros(gap, dtype=torch.float16), matrix.scales[3:].reshape(-1))
+        )
+        y = torch.zeros(96)
+        two_rows_times[(3,)](matrix.words, scales, transposed(x, 3), y, 48, gap, 3, bits, 32)
+        close(y, matrix.weights @ x[0], F32_TOLERANCE)
 
 
 def check_every_code_is_exact() -> None:
@@ -234,7 +234,10 @@ MODELS: dict[str, tuple[dict, int, str]] = {
     "relu_tied_16": ({"hidden_act": "relu", "tie_word_embeddings": True}, 16, "int8"),
     "dynamic_rope": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8}, 8, "float16"),
     "wide": ({"hidden_size": 136, "head_dim": 32, "num_hidden_layers": 1}, 16, "float16"),
+    "mixed_qkv_down": ({"attention_bias": True, "mlp_bias": True}, 8, "float16"),
+    "mixed_o_gate_up": ({"hidden_size": 136, "head_dim": 32}, 4, "int8"),
 }
+INT8_UNITS = {"mixed_qkv_down": units("0.qkv", "0.down", "1.down"), "mixed_o_gate_up": units("0.o", "1.gate_up")}
 MODEL_TOLERANCE = {"float16": 4 * 2.0**-11, "int8": 4 / 127}
 """Two roundings of 2**-11 (cache, activations of several tokens) in each of two layers, as in test_cpu_backend. An int8
 cache rounds each key and value to 1/254 of its head's largest number."""
@@ -243,8 +246,8 @@ cache rounds each key and value to 1/254 of its head's largest number."""
 def model_case(folder: Path, name: str) -> None:
     """Some tokens at once, then one at a time, through every kernel of a step, against the float32 oracle."""
     config, lm_head_bits, kv_cache = MODELS[name]
-    make_checkpoint(folder / name, **{**SMALL, **config})
-    convert(folder / name, folder / f"{name}.edgellama", method="rtn", lm_head_bits=lm_head_bits)
+    int8_units = INT8_UNITS.get(name, [])
+    write_mixed(folder / f"{name}.edgellama", int8_units, lm_head_bits=lm_head_bits, **{**SMALL, **config})
     with open_model(folder / f"{name}.edgellama") as file:
         n_ctx, n_slots = 12, 2
         reference = ReferenceBackend(file, n_ctx, n_slots)

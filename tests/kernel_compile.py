@@ -29,6 +29,7 @@ import random_model
 from edgellama.backends.gpu import decode, kernels
 from edgellama.backends.gpu.backend import TorchBackend
 from edgellama.format import open_model
+from edgellama.format.schema import UNITS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -88,6 +89,7 @@ def launches_of(backend: TorchBackend) -> list[tuple[str, Any]]:
     return [*steps, ("dequantize, all", (kernels.dequantize, (1, 1), arguments, constants))]
 
 
+EVERY_UNIT = [f"model.layers.0.{unit}" for unit in UNITS]
 CASES = [("7b-layer", "bfloat16", "float16"), ("8b-layer", "float16", "int8")]
 
 
@@ -97,11 +99,16 @@ def main() -> None:
     random_model.SHAPES["8b-layer"] = (320, 4096, 14336, 1, 32, 8, 8192, 5e5, False)
     launches = []
     for shape, dtype, kv_cache in CASES:
-        path = random_model.write_edgellama(shape, folder / f"{shape}.edgellama")
-        backend = TorchBackend(
-            open_model(path), 512, device="cpu", kv_cache=kv_cache, dtype=dtype, kernels=True, step_tokens=5
-        )
-        launches += launches_of(backend)
+        for bits in (4, 8):
+            path = folder / f"{shape}-{bits}.edgellama"
+            random_model.write_edgellama(shape, path, int8_units=EVERY_UNIT if bits == 8 else [])
+            backend = TorchBackend(
+                open_model(path), 512, device="cpu", kv_cache=kv_cache, dtype=dtype, kernels=True, step_tokens=5
+            )
+            launches += [
+                (f"{name}, 8 bits" if launch[3].get("BITS") == 8 and bits == 8 else name, launch)
+                for name, launch in launches_of(backend)
+            ]
     outcome: dict[str, dict[str, list[int]]] = {}
     for capability in map(int, sys.argv[2:]):
         worst = outcome.setdefault(str(capability), {})

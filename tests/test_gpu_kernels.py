@@ -32,6 +32,7 @@ def run_script(name: str, folder: Path, *arguments: str, **environment: str) -> 
 
 CHECKS = "multiply multiply_two every_code_is_exact gemm dequantize attention_mha attention_gqa attention_int8".split()
 MODELS = "gqa mqa_int8_cache mha_biases gelu_tied gelu_pytorch_tanh_tied_4 relu_tied_16 dynamic_rope wide".split()
+MODELS += ["mixed_qkv_down", "mixed_o_gate_up"]
 
 
 @pytest.fixture(scope="module")
@@ -54,4 +55,5 @@ def test_compiled_for_compute_capability_90(tmp_path):
     outcome = run_script("kernel_compile.py", tmp_path, "90")["90"]
     assert {name: spilled for name, (spilled, _) in outcome.items() if spilled} == {}
     streams = ["qkv, 1", "project, 1", "gate_up, 1", "head_logits, 1", "attend, 1", "gemm, 5", "dequantize, all"]
+    streams += ["qkv, 1, 8 bits", "project, 1, 8 bits", "gate_up, 1, 8 bits", "gemm, 5, 8 bits"]
     assert {name: outcome[name][1] for name in streams} == dict.fromkeys(streams, 128)

@@ -22,12 +22,14 @@ from edgellama import __version__
 from edgellama.backends.cpu.threads import default_threads
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError, TokenizerError
-from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, has_tokenizer, model_tensors
+from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, has_tokenizer, model_tensors, unit_names
 from edgellama.format.schema import LM_HEAD_BITS
 from edgellama.format.writer import check_replaceable
 from edgellama.quant import GROUP_SIZE, padded_shape
 from edgellama.sizing import layer_weights
 
+from . import sensitivity
+from .budget import CODE_BITS, Budget, linear_bits, unit_matrices
 from .calibration import BUILTIN, SELF, SEQUENCE_TOKENS, SMALL_MODEL, Calibration, CalibrationText
 from .checkpoint import Checkpoint, SourceTensor, read_small
 from .gptq import CalibratedLayers, WorkFolder, memory_needed, work_folder_of
@@ -47,8 +49,7 @@ SUFFIX = ".edgellama"
 GPTQ, AUTO = "gptq", "auto"
 MAX_FILE_BYTES = 32 * MIB
 """Of each tokenizer file; Llama-3's tokenizer.json has 9 MB."""
-_OWN_TEXT = "own-text.npz"
-_CODE_BITS = {"int4.g128": 4, "int8.g128": 8}
+_OWN_TEXT, _GAINS = "own-text.npz", "gains.npz"
 
 
 @contextmanager
@@ -67,6 +68,7 @@ def convert(
     out: str | os.PathLike[str] | None = None,
     *,
     method: str = AUTO,
+    bpw: float | None = None,
     lm_head_bits: int = 8,
     calibration: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     calibration_tokens: int | None = None,
@@ -87,14 +89,16 @@ def convert(
     (None), "self" (the model's own), a text file or a folder of such, or several of these. It works in a hidden folder
     beside `out`, and goes on there if it was killed. "auto" is "gptq" where calibration is asked for, and for models of
     up to `SMALL_MODEL` weights with a tokenizer, which lose most and are done in minutes; "search" for others.
-    lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that the process may hold (RSS without pages of
-    mapped files). progress(done, total) counts weights. receipt: measure the result against the source and keep the
-    figures in the file; receipt_progress(done, total) tells how far that is. add_pad_token: a token with rows of zeros.
-    num_key_value_heads: average neighbouring heads of keys and values to so many. Raises ConvertError, ConfigError or
-    TokenizerError; the destination is then what it was before, or absent.
+    bpw: bits per weight that the layers' matrices may take, scales and padding counted: those that gain most by it,
+    which is measured with text, get 8 bits instead of 4. lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram:
+    bytes that the process may hold (RSS without pages of mapped files). progress(done, total) counts weights. receipt:
+    measure the result against the source and keep the figures in the file; receipt_progress(done, total) tells how far
+    that is. add_pad_token: a token with rows of zeros. num_key_value_heads: average neighbouring heads of keys and
+    values to so many. Raises ConvertError, ConfigError or TokenizerError; the destination is then what it was before,
+    or absent.
     """
     started = time.perf_counter()
-    n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)
+    n_threads = _check_options(method, bpw, lm_head_bits, max_ram, n_threads)
     if method == AUTO and (calibration is not None or calibration_tokens is not None):
         method = GPTQ
     text = None
@@ -116,8 +120,14 @@ def convert(
     warnings = [*model.changes, *check_tokenizer(files, config)]
     if method == AUTO:
         method = GPTQ if has_tokenizer(files) and layer_weights(config) <= SMALL_MODEL else "search"
+    budget = None if bpw is None else Budget(config, bpw)
+    if method != GPTQ and budget is not None and not has_tokenizer(files):
+        raise ConvertError(
+            f"bpw needs text to measure with, and the source has no tokenizer to read it: "
+            f"use --method {GPTQ} --calibration {SELF}, text that the model writes itself"
+        )
     if method != GPTQ:
-        text = None
+        text = None if budget is None else CalibrationText([BUILTIN], sensitivity.MEASURED_TOKENS)
     plain_method = "search" if method == GPTQ else method  # of what is not calibrated
     for bits in {4, lm_head_bits} - {16}:
         quantize(np.zeros((1, 1), np.float32), bits, plain_method)  # compiles, before memory is measured, time counted
@@ -127,16 +137,25 @@ def convert(
         specs = model_tensors(config, lm_head_bits)
         plan = plan_tensors(config, specs, checkpoint.tensors)
         work = _Conversion(checkpoint, specs, plan, plain_method, max_ram, n_threads, files, progress)
+        if budget is not None:
+            work.also += layer_weights(config)
         stack.enter_context(work.pipeline)
         extra: dict[str, Any] = {}
         work_started = time.perf_counter()
         work.compare_tied()
         raw_files = _hashed_files(origin.folder, source_files)
+        units: list[str] = []
         if text is not None:
-            check_calibration_memory(max_ram, memory_needed(config, SEQUENCE_TOKENS))
-            state = _work_state(checkpoint, raw_files, text, lm_head_bits, model.changes)
+            needed = [memory_needed(config, SEQUENCE_TOKENS)] if method == GPTQ else []
+            needed += [] if budget is None else [sensitivity.memory_needed(config, SEQUENCE_TOKENS, method)]
+            check_calibration_memory(max_ram, max(needed))
+            state = _work_state(checkpoint, raw_files, text, method, bpw, lm_head_bits, model.changes)
             folder = stack.enter_context(WorkFolder(destination, state))
             used = _calibration_ids(text, folder, origin.folder, config, files, max_ram, n_threads)
+        if budget is not None:
+            extra["bpw"] = budget.bpw
+            units = work.choose_units(budget, config, method, used.ids, folder)
+        if method == GPTQ:
             extra["calibration"] = used.summary()
             layers = CalibratedLayers(
                 checkpoint,
@@ -144,13 +163,17 @@ def convert(
                 used.ids,
                 folder,
                 embedding_bits=lm_head_bits if config.tie_word_embeddings else 16,
+                int8_units=units,
                 n_threads=n_threads,
                 on_weights=work.on_weights,
             )
             work.calibrate(layers)
+        specs = model_tensors(config, lm_head_bits, units)
         # Where the checkpoint once lay on someone's disk is nobody's business.
         stored_config = {key: value for key, value in raw_config.items() if key != "_name_or_path"}
-        with ModelWriter(destination, stored_config, lm_head_bits=lm_head_bits, method=method, **extra) as writer:
+        with ModelWriter(
+            destination, stored_config, lm_head_bits=lm_head_bits, method=method, int8_units=units, **extra
+        ) as writer:
             for spec in specs:
                 writer.write(spec.name, work.data(spec))
             work_seconds = time.perf_counter() - work_started
@@ -163,6 +186,7 @@ def convert(
                     {
                         "method": method,
                         "calibration": extra.get("calibration"),
+                        **({} if bpw is None else {"bpw": bpw}),
                         "source": origin.name,
                         "commit": origin.commit,
                     },
@@ -185,11 +209,14 @@ def convert(
             source=origin.name,
             commit=origin.commit,
             method=method,
+            bpw=bpw,
             lm_head_bits=lm_head_bits,
+            int8_matrices=sum(len(unit_matrices(unit)) for unit in units),
+            layer_matrices=sum(len(unit_matrices(unit)) for unit in unit_names(config)),
             source_bytes=checkpoint.nbytes,
             file_bytes=file_bytes,
             weights=work.total,
-            linear_bits_per_weight=_linear_bits(specs),
+            linear_bits_per_weight=linear_bits(specs),
             bits_per_weight=8 * file_bytes / work.total,
             worst_tensor=max(errors.items(), key=lambda item: item[1]),
             errors=errors,
@@ -232,9 +259,12 @@ class _Conversion:
         progress: Callable[[int, int], None] | None,
     ):
         self.checkpoint, self.plan, self.method, self.max_ram = checkpoint, plan, method, max_ram
+        self.n_threads = n_threads
         self.progress = progress or (lambda done, total: None)
         tensors = {tensor.name: tensor for tensor in plan.sources.values()}
         self.total = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+        self.also = 0
+        """Weights of other work that is told as progress."""
         self.done = 0
         self.peak_rss = private_bytes()
         self.scales: dict[str, np.ndarray] = {}
@@ -255,7 +285,27 @@ class _Conversion:
         if held is not None:
             self.peak_rss = max(held, self.peak_rss or 0)
         self.done += n
-        self.progress(self.done, self.total)
+        self.progress(self.done, self.total + self.also)
+
+    def choose_units(
+        self, budget: Budget, config: LlamaConfig, method: str, ids: np.ndarray, folder: WorkFolder
+    ) -> list[str]:
+        """The units of 8 bits. What they gain is measured on `ids`, or was before the conversion was killed."""
+        if folder.is_whole(_GAINS, ["gains"]):
+            self.on_weights(layer_weights(config))
+            gains = dict(zip(unit_names(config), folder.load_array(_GAINS, "gains").tolist(), strict=True))
+        else:
+            gains = sensitivity.measure(
+                self.checkpoint,
+                config,
+                ids,
+                folder,
+                method=method,
+                n_threads=self.n_threads,
+                on_weights=self.on_weights,
+            )
+            folder.save_arrays(_GAINS, {"gains": np.array(list(gains.values()))})
+        return budget.choose(gains)
 
     def calibrate(self, layers: CalibratedLayers) -> None:
         """Quantize the layers' matrices; `data` takes them from there."""
@@ -268,11 +318,11 @@ class _Conversion:
         if self.layers is not None and spec.name.endswith((".qweight", ".scales")) and ".layers." in spec.name:
             self.pipeline.errors[tensor.name] = self.layers.error(tensor)
             return self.layers.codes(tensor) if spec.name.endswith(".qweight") else self.layers.scales(tensor)
-        if spec.layout in _CODE_BITS:
+        if spec.layout in CODE_BITS:
             n, k = padded_shape(*spec.shape)
             scales = np.empty((n // 16, k // GROUP_SIZE, 16), np.float16)
             self.scales[spec.name.removesuffix(".qweight") + ".scales"] = scales
-            return self.pipeline.quantized(tensor, _CODE_BITS[spec.layout], self.method, scales)
+            return self.pipeline.quantized(tensor, CODE_BITS[spec.layout], self.method, scales)
         if spec.layout == "scales.g128":
             return self.scales.pop(spec.name)
         if spec.layout in ("f16", "f16.r16"):
@@ -296,10 +346,14 @@ class _Conversion:
             raise refuse_untied()
 
 
-def _check_options(method: str, lm_head_bits: int, max_ram: int | None, n_threads: int | None) -> int:
+def _check_options(
+    method: str, bpw: float | None, lm_head_bits: int, max_ram: int | None, n_threads: int | None
+) -> int:
     """The number of threads, all options being valid."""
     if method not in (*METHODS, GPTQ, AUTO):
         raise ConvertError(f"method {method!r} is unknown: it is one of {', '.join((AUTO, GPTQ, *METHODS))}")
+    if bpw is not None and not 0 < bpw < 16:  # false for NaN; `Budget` knows what the model can do
+        raise ConvertError(f"bpw {bpw:g} is not possible: the layers' matrices have 4 or 8 bits, so give 4.5 to 8, say")
     if lm_head_bits not in LM_HEAD_BITS:
         raise ConvertError(f"lm_head_bits {lm_head_bits!r} is not possible: it is one of 4, 8, 16")
     if max_ram is not None and max_ram <= 0:
@@ -354,6 +408,8 @@ def _work_state(
     checkpoint: Checkpoint,
     raw_files: Mapping[str, bytes],
     text: CalibrationText,
+    method: str,
+    bpw: float | None,
     lm_head_bits: int,
     changes: Sequence[str],
 ) -> dict[str, Any]:
@@ -363,6 +419,8 @@ def _work_state(
         "weights": {name: file.identity() for name, file in checkpoint.files.items()},
         "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in raw_files.items()},
         "calibration": text.state(),
+        "method": method,
+        "bpw": bpw,
         "lm_head_bits": lm_head_bits,
         "changes": list(changes),
     }
@@ -409,13 +467,6 @@ def _held_bytes(specs: Sequence[TensorSpec]) -> int:
             layer = ".".join(spec.name.split(".")[:3])
             by_layer[layer] = by_layer.get(layer, 0) + 2 * LAYOUTS[spec.layout].nbytes(spec.shape)
     return max(by_layer.values(), default=0) + MIB
-
-
-def _linear_bits(specs: Sequence[TensorSpec]) -> float:
-    """Bits per weight of the layers' matrices."""
-    layers = [spec for spec in specs if spec.name.startswith("model.layers.") and len(spec.shape) == 2]
-    stored = sum(LAYOUTS[spec.layout].nbytes(spec.shape) for spec in layers)
-    return 8 * stored / sum(int(np.prod(spec.shape)) for spec in layers if spec.layout in _CODE_BITS)
 
 
 def _hashed_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:

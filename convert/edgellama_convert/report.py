@@ -15,7 +15,12 @@ class ConvertReport:
     source: str
     commit: str | None
     method: str
+    bpw: float | None
+    """The budget that was asked for."""
     lm_head_bits: int
+    int8_matrices: int
+    """How many of the layers' matrices have 8 bits; the others have 4."""
+    layer_matrices: int
     source_bytes: int
     """All safetensors files of the source."""
     file_bytes: int

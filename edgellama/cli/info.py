@@ -52,6 +52,10 @@ def describe(file) -> dict[str, Any]:
         "bits_per_weight": round(8 * file.size / params, 3),
         "quantization": dict(file.quantization),
         "lm_head_bits": file.lm_head_bits,
+        "int8_matrices": sum(
+            entry.layout == "int8.g128" and entry.name.startswith("model.layers.") for entry in file.tensors.values()
+        ),
+        "layer_matrices": 7 * config.num_hidden_layers,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -93,7 +97,7 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("file", facts["path"]),
         ("model", f"{facts['architecture']}, {console.count(facts['parameters'])} parameters"),
         ("size", f"{console.size(facts['size_bytes'])}, {facts['bits_per_weight']:.2f} bits per weight"),
-        ("weights", f"{scheme}; output layer {output}"),
+        ("weights", f"{scheme}{_mixed(facts)}; output layer {output}"),
         (
             "shape",
             f"{facts['layers']} layers, hidden {facts['hidden_size']}, mlp {facts['intermediate_size']}, "
@@ -121,6 +125,11 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     result += _receipt(facts["receipt"] or {})
     result += [("note", note) for note in facts["notes"]]
     return result
+
+
+def _mixed(facts: dict[str, Any]) -> str:
+    eight = facts["int8_matrices"]
+    return f", {eight} of {facts['layer_matrices']} matrices in 8 bits" if eight else ""
 
 
 def _cuda_hint(devices: list[str]) -> str:

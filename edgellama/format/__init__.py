@@ -18,7 +18,7 @@ from .edit import append_metadata, recover
 from .layout import GROUP_SIZE, LAYOUTS, ROW_BLOCK, Layout
 from .metadata import FILE_NAMES, has_tokenizer
 from .reader import ModelFile, open_model
-from .schema import TensorSpec, model_tensors
+from .schema import TensorSpec, model_tensors, unit_names
 from .validate import TensorEntry
 from .writer import ModelWriter
 
@@ -37,4 +37,5 @@ __all__ = [
     "model_tensors",
     "open_model",
     "recover",
+    "unit_names",
 ]

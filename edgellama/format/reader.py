@@ -118,6 +118,7 @@ class ModelFile:
         self.config = contents.config
         self.quantization: dict[str, Any] = contents.quantization
         self.lm_head_bits: int = contents.quantization["lm_head_bits"]
+        self.int8_units: tuple[str, ...] = tuple(contents.quantization.get("int8_units", ()))
         self.tensors: Mapping[str, TensorEntry] = MappingProxyType(contents.tensors)
         self.files: Mapping[str, bytes] = MappingProxyType(contents.metadata.files)
         self.provenance: dict[str, Any] = contents.metadata.provenance

@@ -24,13 +24,15 @@ from .container import (
 from .fields import HASH128, Fields, show
 from .layout import GROUP_SIZE, LAYOUTS, ROW_BLOCK
 from .metadata import Metadata, Source, check_metadata, check_trailers, check_zero
-from .schema import LM_HEAD_BITS, TensorSpec, iter_tensors, tensor_count
+from .schema import LM_HEAD_BITS, TensorSpec, iter_tensors, tensor_count, unit_names
 
 SCHEME = "int4.g128"
 METHOD = re.compile(r"[a-z0-9][a-z0-9._+-]{0,63}")
 """What `quantization.method` may look like; it is shown to people."""
-SUPPORTED_FEATURES: frozenset[str] = frozenset()
-"""Values of `required_features` that this reader implements; format 1.0 has none."""
+MIXED_BITS = "mixed_bits"
+"""The feature of files in which some of the layers' matrices have 8 bits: `quantization.int8_units`."""
+SUPPORTED_FEATURES: frozenset[str] = frozenset({MIXED_BITS})
+"""Values of `required_features` that this reader implements."""
 
 _CONFIG_KEY = re.compile(r"(?:config\.json: )?([A-Za-z0-9_.]+)")
 
@@ -75,19 +77,25 @@ def validate(source: Source) -> Contents:
     check_zero(source.read(header_end, prologue.data_offset - header_end), "header.padding", header_end)
 
     header = Fields.parse(raw, "header", PROLOGUE_SIZE)
-    _check_features(header)
+    features = _check_features(header)
     quantization = _check_quantization(header)
     config = _check_config(header)
-    tensors = _check_tensors(header, prologue, config, quantization["lm_head_bits"])
+    int8_units = _check_units(header.object("quantization"), config, MIXED_BITS in features)
+    tensors = _check_tensors(header, prologue, config, quantization["lm_head_bits"], int8_units)
     metadata = check_metadata(source, trailers)
     return Contents(prologue, header.value, config, quantization, tensors, metadata)
 
 
-def _check_features(header: Fields) -> None:
+def _check_features(header: Fields) -> set[str]:
+    features: set[str] = set()
     for i in range(header.list_length("required_features")):
         feature = header.value["required_features"][i]
         if not isinstance(feature, str) or feature not in SUPPORTED_FEATURES:
             header.fail(("required_features", i), f"{show(feature)} is not supported: update edgellama")
+        if feature in features:
+            header.fail(("required_features", i), f"{show(feature)} is named twice")
+        features.add(feature)
+    return features
 
 
 def _check_quantization(header: Fields) -> dict[str, Any]:
@@ -113,8 +121,26 @@ def _check_config(header: Fields) -> LlamaConfig:
         header.fail(("config", key) if key in raw else ("config",), str(error))
 
 
+def _check_units(quantization: Fields, config: LlamaConfig, mixed: bool) -> list[str]:
+    """The units with 8 bits: with the feature some, each one of the config's, in file order; without it no list."""
+    if "int8_units" not in quantization.value:
+        if mixed:
+            quantization.fail((), f"'int8_units' is missing, which the feature {MIXED_BITS!r} demands")
+        return []
+    if not mixed:
+        quantization.fail(("int8_units",), f"needs {MIXED_BITS!r} among the required features")
+    if quantization.list_length("int8_units") == 0:
+        quantization.fail(("int8_units",), f"must not be empty with the feature {MIXED_BITS!r}")
+    units: list[str] = quantization.value["int8_units"]
+    names = unit_names(config)
+    for i, unit in enumerate(units):
+        if unit not in names:  # which goes on from the unit before: the order is checked, too, and all in one pass
+            quantization.fail(("int8_units", i), f"{show(unit)} is no unit of this config, or not in file order")
+    return units
+
+
 def _check_tensors(
-    header: Fields, prologue: Prologue, config: LlamaConfig, lm_head_bits: int
+    header: Fields, prologue: Prologue, config: LlamaConfig, lm_head_bits: int, int8_units: list[str]
 ) -> dict[str, TensorEntry]:
     """The list must be the schema's, entry by entry; the offsets must tile the data region."""
     count, expected = header.list_length("tensors"), tensor_count(config, lm_head_bits)
@@ -124,7 +150,7 @@ def _check_tensors(
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}  # layers repeat the same few
     tensors: dict[str, TensorEntry] = {}
     end = 0  # of the last tensor, from the start of the data region
-    for i, spec in enumerate(iter_tensors(config, lm_head_bits)):
+    for i, spec in enumerate(iter_tensors(config, lm_head_bits, int8_units)):
         kind = (spec.layout, spec.shape)
         nbytes = sizes.get(kind) or sizes.setdefault(kind, LAYOUTS[spec.layout].nbytes(spec.shape))
         offset = align(end, TENSOR_ALIGNMENT)

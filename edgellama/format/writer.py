@@ -18,7 +18,7 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,9 +43,9 @@ from .container import (
 from .layout import GROUP_SIZE, LAYOUTS, ROW_BLOCK
 from .metadata import build_section, check_names
 from .reader import FileSource
-from .schema import LM_HEAD_BITS, TensorSpec, model_tensors
+from .schema import LM_HEAD_BITS, TensorSpec, model_tensors, unit_names
 from .temporary import create_locked, remove_stale, temp_path
-from .validate import METHOD, SCHEME, TensorEntry, validate
+from .validate import METHOD, MIXED_BITS, SCHEME, TensorEntry, validate
 
 Data = bytes | bytearray | memoryview | np.ndarray
 
@@ -56,7 +56,8 @@ class ModelWriter:
     """Writes one file; a context manager that leaves the destination as it was unless `finish()` returned.
 
     The same arguments and data give the same bytes. `raw_config` is the checkpoint's config.json, stored verbatim;
-    `extra` are further JSON values for the header's `quantization`. EdgellamaError if the destination exists and is not
+    `int8_units` are those of the layers' units that have 8 bits instead of 4 (`unit_names`, in that order); `extra` are
+    further JSON values for the header's `quantization`. EdgellamaError if the destination exists and is not
     an `.edgellama` file, if its folder is missing, or if the disk has not enough room. After any error the writer is
     closed and its temporary file gone.
     """
@@ -68,6 +69,7 @@ class ModelWriter:
         *,
         lm_head_bits: int = 8,
         method: str,
+        int8_units: Sequence[str] = (),
         **extra: Any,
     ):
         self.path = Path(path)
@@ -76,16 +78,20 @@ class ModelWriter:
         if not METHOD.fullmatch(method):
             raise ValueError(f"method must match {METHOD.pattern}, got {method!r}")
         self.config = LlamaConfig.from_dict(raw_config)
-        self.specs: list[TensorSpec] = model_tensors(self.config, lm_head_bits)
+        chosen = set(int8_units)
+        if list(int8_units) != [unit for unit in unit_names(self.config) if unit in chosen]:
+            raise ValueError(f"int8_units must be units of the config, each once and in file order, got {int8_units!r}")
+        self.specs: list[TensorSpec] = model_tensors(self.config, lm_head_bits, chosen)
         """What to write, in this order."""
         self._header: dict[str, Any] = {
-            "required_features": [],
+            "required_features": [MIXED_BITS] if chosen else [],
             "quantization": {
                 "scheme": SCHEME,
                 "group_size": GROUP_SIZE,
                 "row_block": ROW_BLOCK,
                 "method": method,
                 "lm_head_bits": lm_head_bits,
+                **({"int8_units": list(int8_units)} if chosen else {}),
                 **extra,
             },
             "config": dict(raw_config),

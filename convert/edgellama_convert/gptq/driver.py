@@ -10,14 +10,15 @@ Knows the order of things; `layer` has the forward pass, `solve` the arithmetic 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Executor
 
 import numpy as np
 
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError
-from edgellama.quant import dequantize, pack_int4, pack_scales, unpack_int4, unpack_int8, unpack_scales
+from edgellama.format.schema import UNITS
+from edgellama.quant import dequantize, pack_int4, pack_int8, pack_scales, unpack_int4, unpack_int8, unpack_scales
 from edgellama.sizing import layer_weights
 
 from ..checkpoint import STORED, Checkpoint, SourceTensor, row_slabs, to_float32
@@ -29,9 +30,8 @@ from .parts import each_part, threads
 from .solve import PANEL, Factor, Moments, quantize_matrix, shift
 from .work import Stream, WorkFolder
 
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-O, GATE, UP, DOWN = "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
-MATRICES = (*QKV, O, GATE, UP, DOWN)
+QKV, O, GATE_UP, DOWN = UNITS
+MATRICES = [matrix for unit in UNITS.values() for matrix in unit]
 _CHUNK_BYTES = 64 << 20
 """Of the widest activation of a chunk of sequences, float32; about eight such arrays live at once."""
 _LARGEST_WEIGHT = 65504.0 * 7
@@ -57,12 +57,17 @@ class CalibratedLayers:
         work: WorkFolder,
         *,
         embedding_bits: int,
+        int8_units: Collection[str] = (),
         n_threads: int,
         on_weights: Callable[[int], None],
     ):
-        """`ids` int32[sequences, length]; `embedding_bits` as stored (16: float16); `on_weights(n)` after n weights."""
+        """`ids` int32[sequences, length]; `embedding_bits` as stored (16: float16); `on_weights(n)` after n weights.
+
+        `int8_units`: the units that get 8 bits (`edgellama.format.unit_names`); the others get 4.
+        """
         self._checkpoint, self._config, self._ids, self._work = checkpoint, config, ids, work
         self._embedding_bits, self._n_threads, self._on_weights = embedding_bits, n_threads, on_weights
+        self._int8_units = frozenset(int8_units)
         widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim, config.hidden_size)
         sequences = max(1, _CHUNK_BYTES // (4 * widest * ids.shape[1]))
         self._chunk = sequences * ids.shape[1]
@@ -93,7 +98,7 @@ class CalibratedLayers:
         self._work.discard("x-*")
 
     def codes(self, tensor: SourceTensor) -> np.ndarray:
-        """uint8[N/16, K/128, 1024] as the file stores them."""
+        """uint8[N/16, K/128, 1024 or 2048] as the file stores them."""
         return self._stored(tensor, "codes")
 
     def scales(self, tensor: SourceTensor) -> np.ndarray:
@@ -149,8 +154,9 @@ class CalibratedLayers:
         norm2 = self._vector(f"model.layers.{i}.post_attention_layernorm.weight")
         results: dict[str, np.ndarray] = {}
 
-        def quantize(linears: Mapping[str, Linear], moments: Moments, of_output: bool) -> list[Linear]:
-            return self._quantize(i, linears, moments, of_output, results, pool)
+        def quantize(unit: str, linears: Mapping[str, Linear], moments: Moments, of_output: bool) -> list[Linear]:
+            bits = 8 if f"model.layers.{i}.{unit}" in self._int8_units else 4
+            return self._quantize(i, linears, moments, of_output, bits, results, pool)
 
         def inputs_of(before, models, norm: np.ndarray, combine: Callable[..., np.ndarray]) -> list[np.ndarray]:
             """What goes into o or down, from the residual streams of both models."""
@@ -178,15 +184,15 @@ class CalibratedLayers:
                 source, quantized = (parts.norm(stream.read(first, last), norm) for stream in x)
                 moments.add(quantized, source - quantized, pool)
             qkv = self._linears(i, QKV)
-            models = list(qkv.values()), quantize(qkv, moments, of_output=False)
+            models = list(qkv.values()), quantize(QKV, qkv, moments, of_output=False)
 
-            moments, output = Moments.zeros(width, hidden), self._linears(i, [O])
+            moments, output = Moments.zeros(width, hidden), self._linears(i, O)
             for first, last in self._chunks():
                 before = [stream.read(first, last) for stream in x]
                 inputs = inputs_of(before, models, norm, parts.attention)
                 attended.write(first, inputs[1])
                 middle[0].write(first, source_output(moments, output[O], before, inputs))
-            (o,) = quantize(output, moments, of_output=True)
+            (o,) = quantize(O, output, moments, of_output=True)
 
             moments = Moments.zeros(hidden, hidden)
             for first, last in self._chunks():
@@ -194,17 +200,17 @@ class CalibratedLayers:
                 middle[1].write(first, h)
                 source, quantized = (parts.norm(each, norm2) for each in (middle[0].read(first, last), h))
                 moments.add(quantized, source - quantized, pool)
-            gate_up = self._linears(i, (GATE, UP))
-            models = list(gate_up.values()), quantize(gate_up, moments, of_output=False)
+            gate_up = self._linears(i, GATE_UP)
+            models = list(gate_up.values()), quantize(GATE_UP, gate_up, moments, of_output=False)
 
-            moments, output = Moments.zeros(wide, hidden), self._linears(i, [DOWN])
+            moments, output = Moments.zeros(wide, hidden), self._linears(i, DOWN)
             for first, last in self._chunks():
                 before = [stream.read(first, last) for stream in middle]
                 inputs = inputs_of(before, models, norm2, parts.gated)
                 gated.write(first, inputs[1])
                 following[0].write(first, source_output(moments, output[DOWN], before, inputs))
             del models, gate_up, qkv, before, inputs  # memory is tightest now
-            (down,) = quantize(output, moments, of_output=True)
+            (down,) = quantize(DOWN, output, moments, of_output=True)
 
             for first, last in self._chunks():
                 following[1].write(first, middle[1].read(first, last) + parts.linear(down, gated.read(first, last)))
@@ -219,6 +225,7 @@ class CalibratedLayers:
         linears: Mapping[str, Linear],
         moments: Moments,
         of_output: bool,
+        bits: int,
         results: dict[str, np.ndarray],
         pool: Executor,
     ) -> list[Linear]:
@@ -244,20 +251,20 @@ class CalibratedLayers:
                 target[row:end] += weight[row:end]
 
             each_part(pool, len(target), PANEL, solve)
-            codes = quantize_matrix(target, factor, pool)
-            stored = dequantize(codes.codes, codes.scales, 4)
+            codes = quantize_matrix(target, factor, bits, pool)
+            stored = dequantize(codes.codes, codes.scales, bits)
             difference = (stored - linear.weight).reshape(-1)
             results[f"{name}.error"] = np.array([_square_sum(difference), _square_sum(linear.weight.reshape(-1))])
-            results[f"{name}.codes"] = pack_int4(codes.codes)
+            results[f"{name}.codes"] = (pack_int4 if bits == 4 else pack_int8)(codes.codes)
             results[f"{name}.scales"] = pack_scales(codes.scales)
             quantized.append(Linear(stored, linear.bias))
             self._on_weights(linear.weight.size)
         return quantized
 
-    def _linears(self, i: int, names: Sequence[str]) -> dict[str, Linear]:
-        """The source's matrices of these names, with their biases."""
+    def _linears(self, i: int, unit: str) -> dict[str, Linear]:
+        """The source's matrices of a unit, with their biases."""
         linears = {}
-        for name in names:
+        for name in UNITS[unit]:
             tensor, bias = self._tensor(i, name), f"model.layers.{i}.{name}.bias"
             weight = _finite(self._checkpoint.read(tensor), tensor)
             linears[name] = Linear(weight, self._vector(bias) if bias in self._checkpoint.tensors else None)

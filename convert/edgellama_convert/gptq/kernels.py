@@ -15,19 +15,18 @@ from edgellama.backends.cpu.jit import entry_point, kernel
 
 from ..scale_search import LANES, LARGEST_HALF, ROUND, WORK_ROWS, choose_scales
 
-_LOW, _HIGH, _ZERO = np.float32(-8), np.float32(7), np.float32(8)
-
 
 @entry_point
-def quantize_group(adjusted, target, upper, weight, codes, scales, errors):
+def quantize_group(adjusted, target, upper, weight, zero, codes, scales, errors):
     """Choose scales for a group, then codes one input after the other, each making up for the errors before it.
 
     adjusted float32[rows, n]: what would make up best for the groups before; target float32[rows, n]: the weights.
     upper float32[n, n]: unit upper triangular factor A of the Hessian A D A^T; weight float32[n]: of a squared error.
-    Fills codes uint8[rows, n] (zero point added), scales uint16[rows] (float16 bits), errors float32[rows, n]
-    (target - dequantized).
+    zero: 8 (int4) or 128 (int8). Fills codes uint8[rows, n] (zero point added), scales uint16[rows] (float16 bits),
+    errors float32[rows, n] (target - dequantized).
     """
     rows, n = adjusted.shape
+    low, high, zero_point = np.float32(-zero), np.float32(zero - 1), np.float32(zero)
     x = np.empty((n, LANES), np.float32)
     importance = np.empty((n, LANES), np.float32)
     for j in range(n):
@@ -43,7 +42,7 @@ def quantize_group(adjusted, target, upper, weight, codes, scales, errors):
         for r in range(m):
             for j in range(n):
                 x[j, r] = adjusted[first + r, j]
-        choose_scales(x, importance, 8, work, scale, halves)
+        choose_scales(x, importance, zero, work, scale, halves)
         for r in range(m):
             scales[first + r] = halves[r]
         for r in range(LANES):
@@ -51,8 +50,8 @@ def quantize_group(adjusted, target, upper, weight, codes, scales, errors):
         error[:] = 0
         for j in range(n):
             for r in range(m):
-                q = min(max((x[j, r] * inverse[r] + ROUND) - ROUND, _LOW), _HIGH)
-                codes[first + r, j] = np.uint8(q + _ZERO)
+                q = min(max((x[j, r] * inverse[r] + ROUND) - ROUND, low), high)
+                codes[first + r, j] = np.uint8(q + zero_point)
                 error[r] = adjusted[first + r, j] - q * scale[r]
                 errors[first + r, j] = target[first + r, j] - q * scale[r]
             for i in range(j + 1, n):
@@ -69,14 +68,15 @@ def _add(x, factor, row, first):
 
 
 @entry_point
-def refine_group(gradient, target, hessian, codes, scales, errors):
+def refine_group(gradient, target, hessian, zero, codes, scales, errors):
     """One round of coordinate descent on tr(E H E^T) over a group: first its scale, then its codes in order.
 
     gradient float32[rows, n]: (E H) of the group's inputs, changed here; target float32[rows, n]: the weights; hessian
-    float32[n, n]: its diagonal block. Changes codes, scales and errors (as in `quantize_group`) in place; a step is
-    taken only if it lowers the objective.
+    float32[n, n]: its diagonal block. Changes codes, scales and errors in place (these and zero: as in
+    `quantize_group`); a step is taken only if it lowers the objective.
     """
     rows, n = gradient.shape
+    low, high, zero_point = np.float32(-zero), np.float32(zero - 1), np.float32(zero)
     q = np.empty(n, np.float32)
     hq = np.empty(n, np.float32)
     for row in range(rows):
@@ -86,7 +86,7 @@ def refine_group(gradient, target, hessian, codes, scales, errors):
         p = gradient[row]
         hq[:] = 0
         for j in range(n):
-            q[j] = np.float32(codes[row, j]) - _ZERO
+            q[j] = np.float32(codes[row, j]) - zero_point
             if q[j] != 0:
                 _add(hq, q[j], hessian[j], 0)
         slope = np.float32(0)
@@ -105,9 +105,9 @@ def refine_group(gradient, target, hessian, codes, scales, errors):
         inverse = np.float32(1) / scale
         for j in range(n):
             wish = q[j] + p[j] / hessian[j, j] * inverse
-            code = min(max((wish + ROUND) - ROUND, _LOW), _HIGH)
+            code = min(max((wish + ROUND) - ROUND, low), high)
             if code != q[j]:
                 _add(p, (q[j] - code) * scale, hessian[j], 0)
                 q[j] = code
-                codes[row, j] = np.uint8(code + _ZERO)
+                codes[row, j] = np.uint8(code + zero_point)
             errors[row, j] = target[row, j] - q[j] * scale

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgellama.quant import GROUP_SIZE
+from edgellama.quant import GROUP_SIZE, ZERO_POINT
 
 from ..checkpoint import row_slabs
 from ..scale_search import LANES
@@ -117,9 +117,10 @@ def shift(weights: np.ndarray, lack: np.ndarray, of_output: bool) -> np.ndarray:
     return np.float32(FEEDBACK) * (lack if of_output else weights @ lack)
 
 
-def quantize_matrix(target: np.ndarray, factor: Factor, pool: Executor | None = None) -> Codes:
-    """int4 codes and scales for float32[out, in] that keep the output close, over the inputs behind `factor`."""
+def quantize_matrix(target: np.ndarray, factor: Factor, bits: int = 4, pool: Executor | None = None) -> Codes:
+    """Codes of 4 or 8 bits and scales for float32[out, in] that keep the output close, over the inputs of `factor`."""
     rows, k = target.shape
+    zero = ZERO_POINT[bits]
     groups = list(row_slabs(k, _BLOCK))
     hessian, r = factor.hessian, factor.r
     diagonal = np.diagonal(r)
@@ -136,13 +137,13 @@ def quantize_matrix(target: np.ndarray, factor: Factor, pool: Executor | None = 
             unit = r[here, here] / diagonal[here]
             adjusted = ours[:, here] + (found[:, :begin] @ r[:begin, here]) @ factor.inverses[g]
             quantize_group(
-                adjusted, ours[:, here], unit, importance[here], codes[i:j, here], scales[g, i:j], found[:, here]
+                adjusted, ours[:, here], unit, importance[here], zero, codes[i:j, here], scales[g, i:j], found[:, here]
             )
         for _ in range(REFINEMENTS):
             for g, (begin, end) in enumerate(groups):
                 here = slice(begin, end)
                 gradient, block = found @ hessian[:, here], np.ascontiguousarray(hessian[here, here])
-                refine_group(gradient, ours[:, here], block, codes[i:j, here], scales[g, i:j], found[:, here])
+                refine_group(gradient, ours[:, here], block, zero, codes[i:j, here], scales[g, i:j], found[:, here])
 
     each_part(pool, rows, _ROWS_OF_A_JOB, quantize)
     return Codes(codes, np.ascontiguousarray(scales.T).view(np.float16), errors)

@@ -56,7 +56,9 @@ class Joined:
         first = parts[0]
         rows, gaps, biases, at = [], [], [], 0
         for part in parts:
-            assert part.codes.data_ptr() - first.codes.data_ptr() == at * part.groups * 64, "the file's own order"
+            apart = first.codes[:1].nbytes // 16 * at  # bytes: a row of codes has the same everywhere
+            assert part.bits == first.bits, "a unit's own rule"
+            assert part.codes.data_ptr() - first.codes.data_ptr() == apart, "the file's own order"
             rows.append(at)
             gap = 0
             if part.scales is not None and first.scales is not None:
@@ -69,6 +71,10 @@ class Joined:
     @property
     def groups(self) -> int:
         return self.parts[0].groups
+
+    @property
+    def bits(self) -> int:
+        return self.parts[0].bits
 
 
 @dataclass(frozen=True)
@@ -230,8 +236,8 @@ class Decoder:
         )  # fmt: skip
         lines = max(16, min(MANY_LINES * 16 // pairs, _power(16 * joined.groups)))
         constants = {
-            "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": config.head_dim, "PAIRS": pairs, "LINES": lines,
-            "EVEN": 16 * joined.groups % lines == 0, "BLOCKS": _power(self._blocks), "SPLITS": splits,
+            "BITS": joined.bits, "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": config.head_dim, "PAIRS": pairs,
+            "LINES": lines, "EVEN": 16 * joined.groups % lines == 0, "BLOCKS": _power(self._blocks), "SPLITS": splits,
             "HAS_BIAS": joined.parts[0].bias is not None, "BY_POSITION": self.by_position, "INT8": int8,
             "num_warps": max(1, lines * pairs // 256),
         }  # fmt: skip
@@ -267,7 +273,7 @@ class Decoder:
             self._normed, self._squares, joined.groups, joined.n_rows, m, self._blocks, self.config.hidden_size,
             self._normed.shape[1] // 8,
         )  # fmt: skip
-        constants = {"SPLITS": splits, "HAS_BIAS": joined.parts[0].bias is not None}
+        constants = {"BITS": joined.bits, "SPLITS": splits, "HAS_BIAS": joined.parts[0].bias is not None}
         constants |= self._tile(joined.groups, self._blocks * m)
         return [*before, (kernels.project, (self._blocks, m), arguments, constants)]
 
@@ -280,8 +286,8 @@ class Decoder:
             self._blocks, config.hidden_size, config.intermediate_size, self._inner.shape[1] // 8, config.rms_norm_eps,
         )  # fmt: skip
         constants = {
-            "BLOCKS": _power(self._blocks), "SPLITS": splits, "HAS_BIAS": joined.parts[0].bias is not None,
-            "ACTIVATION": config.hidden_act,
+            "BITS": joined.bits, "BLOCKS": _power(self._blocks), "SPLITS": splits,
+            "HAS_BIAS": joined.parts[0].bias is not None, "ACTIVATION": config.hidden_act,
         }  # fmt: skip
         constants |= self._tile(joined.groups, joined.parts[0].blocks * m)
         return [*before, (kernels.gate_up, (joined.parts[0].blocks, m), arguments, constants)]

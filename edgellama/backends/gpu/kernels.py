@@ -115,8 +115,10 @@ def multiply(codes, scales, x, rows, n_groups, BITS: tl.constexpr, LINES: tl.con
 
 
 @triton.jit
-def multiply_two(codes, scales, x, rows, other, gap, n_groups, LINES: tl.constexpr, EVEN: tl.constexpr):
-    """`multiply` for 4 bits and two sets of rows, `rows` and `other`, that share the loads of x.
+def multiply_two(
+    codes, scales, x, rows, other, gap, n_groups, BITS: tl.constexpr, LINES: tl.constexpr, EVEN: tl.constexpr
+):
+    """`multiply` for 4 or 8 bits and two sets of rows, `rows` and `other`, that share the loads of x.
 
     The scales of `other` lie `gap` elements behind where their rows alone would put them.
     """
@@ -131,16 +133,29 @@ def multiply_two(codes, scales, x, rows, other, gap, n_groups, LINES: tl.constex
         lines = start + tl.arange(0, LINES)
         inside = lines < n_lines
         mask = inside[:, None]
-        words = fetch(codes + block * 256 + lines[:, None] * 16 + lanes, mask, EVEN)
-        words2 = fetch(codes + block2 * 256 + lines[:, None] * 16 + lanes2, mask, EVEN)
+        if BITS == 4:
+            words = fetch(codes + block * 256 + lines[:, None] * 16 + lanes, mask, EVEN)
+            words2 = fetch(codes + block2 * 256 + lines[:, None] * 16 + lanes2, mask, EVEN)
+        else:
+            words = fetch(codes + block * 512 + lines[:, None] * 32 + lanes, mask, EVEN)
+            words2 = fetch(codes + block2 * 512 + lines[:, None] * 32 + lanes2, mask, EVEN)
+            odd = fetch(codes + block * 512 + lines[:, None] * 32 + 16 + lanes, mask, EVEN)
+            odd2 = fetch(codes + block2 * 512 + lines[:, None] * 32 + 16 + lanes2, mask, EVEN)
         scale = fetch(scales + (block + lines[:, None] // 16) * 16 + lanes, mask, EVEN)
         scale2 = fetch(scales + gap + (block2 + lines[:, None] // 16) * 16 + lanes2, mask, EVEN)
         part = tl.zeros((LINES, rows.shape[0]), tl.float32)
         part2 = tl.zeros((LINES, rows.shape[0]), tl.float32)
         for j in tl.static_range(8):
             xj = fetch(x + j * n_lines + lines, inside, EVEN)[:, None]
-            part += code4(words, magic, j) * xj
-            part2 += code4(words2, magic, j) * xj
+            if BITS == 4:
+                part += code4(words, magic, j) * xj
+                part2 += code4(words2, magic, j) * xj
+            elif j < 4:
+                part += code8(words, magic, j) * xj
+                part2 += code8(words2, magic, j) * xj
+            else:
+                part += code8(odd, magic, j - 4) * xj
+                part2 += code8(odd2, magic, j - 4) * xj
         total += part * scale.to(tl.float32)
         total2 += part2 * scale2.to(tl.float32)
     return tl.sum(total, 0), tl.sum(total2, 0)
@@ -208,9 +223,9 @@ def qkv(
     codes, scales, bias, x, partials, squares, positions, slots, cos, sin,
     q_out, keys, values, key_scales, value_scales,
     n_groups, n_rows, n_tokens, k_row, v_row, k_gap, v_gap, k_bias, v_bias, n_blocks, hidden_size, n_ctx, query_scale,
-    eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, LINES: tl.constexpr,
-    EVEN: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BY_POSITION: tl.constexpr,
-    INT8: tl.constexpr,
+    eps, BITS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr,
+    LINES: tl.constexpr, EVEN: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BY_POSITION: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Norm, q_proj, k_proj and v_proj, RoPE, and keys and values into the cache: PAIRS dimensions and their partners.
 
@@ -233,7 +248,9 @@ def qkv(
     if HALF % PAIRS != 0:
         rows = tl.where(inside, rows, 0)  # never where it is not needed: the compiler sees neighbours in i, not in this
     if SPLITS == 0:
-        a, b = multiply_two(codes, scales + gap, x + m * n_groups * 128, rows, rows + HALF, 0, n_groups, LINES, EVEN)
+        a, b = multiply_two(
+            codes, scales + gap, x + m * n_groups * 128, rows, rows + HALF, 0, n_groups, BITS, LINES, EVEN
+        )
         norm = inverse_rms(squares, m, n_blocks, hidden_size, eps, BLOCKS)
         a, b = a * norm, b * norm
     else:
@@ -289,14 +306,14 @@ def keep(to, x, inside, factor, INT8: tl.constexpr):
 def project(
     codes, scales, bias, x, partials, next_norm, residual, normed, squares,
     n_groups, n_rows, n_tokens, n_blocks, hidden_size, out_lines,
-    LINES: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BITS: tl.constexpr, LINES: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """o_proj or down_proj, added to the residual stream."""
     block, m = tl.program_id(0), tl.program_id(1)
     rows = block * 16 + tl.arange(0, 16)
     inside = rows < hidden_size
     if SPLITS == 0:
-        y = multiply(codes, scales, x + m * n_groups * 128, rows, n_groups, 4, LINES, EVEN)
+        y = multiply(codes, scales, x + m * n_groups * 128, rows, n_groups, BITS, LINES, EVEN)
     else:
         y = add_splits(partials, m, rows, n_rows, n_tokens, SPLITS)
     if HAS_BIAS:
@@ -325,8 +342,8 @@ def activate(x, ACTIVATION: tl.constexpr):
 def gate_up(
     codes, scales, bias, x, partials, squares, out,
     n_groups, n_rows, n_tokens, up_row, up_gap, up_bias, n_blocks, hidden_size, width, out_lines, eps,
-    LINES: tl.constexpr, EVEN: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    BITS: tl.constexpr, LINES: tl.constexpr, EVEN: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Norm, gate_proj and up_proj, the activation and the product. `up`'s rows start at `up_row` of the one matrix."""
     block, m = tl.program_id(0), tl.program_id(1)
@@ -334,7 +351,7 @@ def gate_up(
     inside = rows < width
     if SPLITS == 0:
         gate, up = multiply_two(
-            codes, scales, x + m * n_groups * 128, rows, rows + up_row, up_gap, n_groups, LINES, EVEN
+            codes, scales, x + m * n_groups * 128, rows, rows + up_row, up_gap, n_groups, BITS, LINES, EVEN
         )
         norm = inverse_rms(squares, m, n_blocks, hidden_size, eps, BLOCKS)
         gate, up = gate * norm, up * norm
