@@ -28,15 +28,16 @@ from edgellama.format.writer import check_replaceable
 from edgellama.quant import GROUP_SIZE, padded_shape
 from edgellama.sizing import layer_weights
 
+from . import gptq
 from .calibration import BUILTIN, SELF, SEQUENCE_TOKENS, SMALL_MODEL, Calibration, CalibrationText
 from .checkpoint import Checkpoint, SourceTensor, read_small
-from .gptq import CalibratedLayers, WorkFolder, memory_needed, work_folder_of
+from .gptq import CalibratedLayers, WorkFolder, work_folder_of
 from .names import Plan, plan_tensors, refuse_untied
 from .pipeline import Pipeline
 from .quantizers import METHODS, quantize
 from .receipt import Receipt, make_receipt
 from .report import ConvertReport
-from .resources import MIB, check_calibration_memory, check_memory, plan_buffers, private_bytes
+from .resources import MIB, check_memory, plan_buffers, private_bytes
 from .self_text import sample
 from .siblings import MAX_CONFIG_BYTES, as_llama_files, model_type_of, open_checkpoint, read_raw_config, to_llama
 from .source import CONFIG_FILE, Source, resolve
@@ -70,6 +71,7 @@ def convert(
     lm_head_bits: int = 8,
     calibration: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     calibration_tokens: int | None = None,
+    device: str = AUTO,
     max_ram: int | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -87,14 +89,16 @@ def convert(
     (None), "self" (the model's own), a text file or a folder of such, or several of these. It works in a hidden folder
     beside `out`, and goes on there if it was killed. "auto" is "gptq" where calibration is asked for, and for models of
     up to `SMALL_MODEL` weights with a tokenizer, which lose most and are done in minutes; "search" for others.
+    device: where gptq computes: "cpu", "cuda", "torch-cpu", or "auto", which is "cuda" where a GPU works and has the
+    memory, else "cpu". Other devices, and other machines, give other bytes, which are as good.
     lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that the process may hold (RSS without pages of
     mapped files). progress(done, total) counts weights. receipt: measure the result against the source and keep the
     figures in the file; receipt_progress(done, total) tells how far that is. add_pad_token: a token with rows of zeros.
-    num_key_value_heads: average neighbouring heads of keys and values to so many. Raises ConvertError, ConfigError or
-    TokenizerError; the destination is then what it was before, or absent.
+    num_key_value_heads: average neighbouring heads of keys and values to so many. Raises ConvertError, ConfigError,
+    DeviceError or TokenizerError; the destination is then what it was before, or absent.
     """
     started = time.perf_counter()
-    n_threads = _check_options(method, lm_head_bits, max_ram, n_threads)
+    n_threads = _check_options(method, device, lm_head_bits, max_ram, n_threads)
     if method == AUTO and (calibration is not None or calibration_tokens is not None):
         method = GPTQ
     text = None
@@ -116,8 +120,13 @@ def convert(
     warnings = [*model.changes, *check_tokenizer(files, config)]
     if method == AUTO:
         method = GPTQ if has_tokenizer(files) and layer_weights(config) <= SMALL_MODEL else "search"
-    if method != GPTQ:
+    if method == GPTQ:
+        device, notes = gptq.choose_device(device, config, SEQUENCE_TOKENS)
+        warnings += notes
+    else:
         text = None
+        if device not in (AUTO, "cpu"):
+            warnings.append(f"device {device!r} is for calibrating (--method gptq); method {method} runs on the CPU")
     plain_method = "search" if method == GPTQ else method  # of what is not calibrated
     for bits in {4, lm_head_bits} - {16}:
         quantize(np.zeros((1, 1), np.float32), bits, plain_method)  # compiles, before memory is measured, time counted
@@ -133,11 +142,13 @@ def convert(
         work.compare_tied()
         raw_files = _hashed_files(origin.folder, source_files)
         if text is not None:
-            check_calibration_memory(max_ram, memory_needed(config, SEQUENCE_TOKENS))
+            gptq.check_memory(device, config, SEQUENCE_TOKENS, max_ram)
             state = _work_state(checkpoint, raw_files, text, lm_head_bits, model.changes)
+            state["arithmetic"] = gptq.identity_of(device, n_threads)
             folder = stack.enter_context(WorkFolder(destination, state))
             used = _calibration_ids(text, folder, origin.folder, config, files, max_ram, n_threads)
             extra["calibration"] = used.summary()
+            gptq.check_disk(folder, config, used.ids.size, specs)
             layers = CalibratedLayers(
                 checkpoint,
                 config,
@@ -146,6 +157,7 @@ def convert(
                 embedding_bits=lm_head_bits if config.tie_word_embeddings else 16,
                 n_threads=n_threads,
                 on_weights=work.on_weights,
+                device=device,
             )
             work.calibrate(layers)
         # Where the checkpoint once lay on someone's disk is nobody's business.
@@ -185,6 +197,7 @@ def convert(
             source=origin.name,
             commit=origin.commit,
             method=method,
+            device=device if method == GPTQ else None,
             lm_head_bits=lm_head_bits,
             source_bytes=checkpoint.nbytes,
             file_bytes=file_bytes,
@@ -296,10 +309,11 @@ class _Conversion:
             raise refuse_untied()
 
 
-def _check_options(method: str, lm_head_bits: int, max_ram: int | None, n_threads: int | None) -> int:
+def _check_options(method: str, device: str, lm_head_bits: int, max_ram: int | None, n_threads: int | None) -> int:
     """The number of threads, all options being valid."""
     if method not in (*METHODS, GPTQ, AUTO):
         raise ConvertError(f"method {method!r} is unknown: it is one of {', '.join((AUTO, GPTQ, *METHODS))}")
+    gptq.check_name(device)
     if lm_head_bits not in LM_HEAD_BITS:
         raise ConvertError(f"lm_head_bits {lm_head_bits!r} is not possible: it is one of 4, 8, 16")
     if max_ram is not None and max_ram <= 0:

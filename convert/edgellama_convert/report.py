@@ -15,6 +15,8 @@ class ConvertReport:
     source: str
     commit: str | None
     method: str
+    device: str | None
+    """Where it was calibrated: "cpu", "cuda" or "torch-cpu"; None where it was not."""
     lm_head_bits: int
     source_bytes: int
     """All safetensors files of the source."""

@@ -14,6 +14,6 @@ torch and triton are imported by these modules alone, and none of them is import
 is not `torch`, so that nobody has to think about which one `import torch` means.
 """
 
-from .availability import available_devices, device_problem, free_bytes
+from .availability import available_devices, device_problem, free_bytes, total_bytes
 
-__all__ = ["available_devices", "device_problem", "free_bytes"]
+__all__ = ["available_devices", "device_problem", "free_bytes", "total_bytes"]
