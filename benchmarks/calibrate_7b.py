@@ -23,6 +23,7 @@ from edgellama import devices
 from edgellama.backends.cpu.threads import default_threads
 from edgellama.config import LlamaConfig
 from edgellama.devices import TORCH_DEVICES
+from edgellama.errors import DeviceError
 from edgellama_convert.checkpoint import Checkpoint
 from edgellama_convert.gptq import CalibratedLayers, WorkFolder, memory_needed
 from edgellama_convert.resources import private_bytes
@@ -36,7 +37,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", *TORCH_DEVICES), default="cpu")
     parser.add_argument("--folder", type=Path, help="where to work; default: the system's temporary folder")
     args = parser.parse_args()
-    devices.resolve(args.device)  # one line where it is not there
+    try:
+        devices.resolve(args.device)
+    except DeviceError as error:
+        parser.error(str(error))
     peak = 0
 
     def watch() -> None:
