@@ -73,4 +73,4 @@ def check_disk(folder: WorkFolder, config: LlamaConfig, tokens: int, specs: Sequ
 
 
 def _gpu_memory_needed(config: LlamaConfig, seq_len: int) -> int:
-    return memory_needed(config, seq_len) * 11 // 10 + _GPU_MARGIN
+    return memory_needed(config, seq_len) * 5 // 4 + _GPU_MARGIN
