@@ -88,7 +88,8 @@ def main() -> None:
 
 def run_tests() -> bool:
     """The tests marked `cuda`; True if one fails. Without a GPU they all skip."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", "tests/test_gpu_cuda.py"]
+    files = "tests/test_gpu_cuda.py", "tests/test_gptq_torch.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", *files]
     return subprocess.run(command, cwd=REPOSITORY, check=False).returncode != 0
 
 

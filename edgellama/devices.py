@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("cpu", "auto", "cuda", "reference", "torch-cpu")
 TORCH_DEVICES = ("cuda", "torch-cpu")
+CALIBRATION_DEVICES = ("auto", "cpu", "cuda", "torch-cpu")
+"""Where `convert` calibrates."""
 KV_CACHES = ("float16", "bfloat16", "int8")
 _GPU_WORKSPACE = 350 << 20  # scratch, activations and kernels beside weights and cache
 

@@ -72,9 +72,14 @@ def _gpt2_letter(byte: int) -> str:
 
 
 @pytest.fixture(autouse=True)
-def little_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A conversion that is calibrated by default looks at a little text, but where that is what is tested."""
+def little_calibration(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A conversion that is calibrated by default looks at a little text, but where that is what is tested.
+
+    It does so on the CPU, but for tests of a GPU: another device's bytes are others.
+    """
     pytest.importorskip("numba")
     from edgellama_convert import calibration
 
     monkeypatch.setattr(calibration, "SMALL_MODEL_TOKENS", 1024)
+    if request.node.get_closest_marker("cuda") is None:
+        monkeypatch.setattr("edgellama.devices._cuda_works", lambda: False)

@@ -28,11 +28,11 @@ from edgellama.format.writer import check_replaceable
 from edgellama.quant import GROUP_SIZE, padded_shape
 from edgellama.sizing import layer_weights
 
-from . import sensitivity
+from . import gptq, sensitivity
 from .budget import CODE_BITS, Budget, linear_bits, unit_matrices
 from .calibration import BUILTIN, SELF, SEQUENCE_TOKENS, SMALL_MODEL, Calibration, CalibrationText
 from .checkpoint import Checkpoint, SourceTensor, read_small
-from .gptq import CalibratedLayers, WorkFolder, memory_needed, work_folder_of
+from .gptq import CalibratedLayers, WorkFolder, work_folder_of
 from .names import Plan, plan_tensors, refuse_untied
 from .pipeline import Pipeline
 from .quantizers import METHODS, quantize
@@ -72,6 +72,7 @@ def convert(
     lm_head_bits: int = 8,
     calibration: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     calibration_tokens: int | None = None,
+    device: str = AUTO,
     max_ram: int | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -90,15 +91,17 @@ def convert(
     beside `out`, and goes on there if it was killed. "auto" is "gptq" where calibration is asked for, and for models of
     up to `SMALL_MODEL` weights with a tokenizer, which lose most and are done in minutes; "search" for others.
     bpw: bits per weight that the layers' matrices may take, scales and padding counted: those that gain most by it,
-    which is measured with text, get 8 bits instead of 4. lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram:
-    bytes that the process may hold (RSS without pages of mapped files). progress(done, total) counts weights. receipt:
-    measure the result against the source and keep the figures in the file; receipt_progress(done, total) tells how far
-    that is. add_pad_token: a token with rows of zeros. num_key_value_heads: average neighbouring heads of keys and
-    values to so many. Raises ConvertError, ConfigError or TokenizerError; the destination is then what it was before,
+    which is measured with text, get 8 bits instead of 4. device: where gptq computes: "cpu", "cuda", "torch-cpu", or
+    "auto", which is "cuda" where a GPU works and has the memory, else "cpu". Other devices, and other machines, give
+    other bytes, which are as good. lm_head_bits: 4, 8 or 16, of a tied embedding too. max_ram: bytes that the process
+    may hold (RSS without pages of mapped files). progress(done, total) counts weights. receipt: measure the result
+    against the source and keep the figures in the file; receipt_progress(done, total) tells how far that is.
+    add_pad_token: a token with rows of zeros. num_key_value_heads: average neighbouring heads of keys and values to so
+    many. Raises ConvertError, ConfigError, DeviceError or TokenizerError; the destination is then what it was before,
     or absent.
     """
     started = time.perf_counter()
-    n_threads = _check_options(method, bpw, lm_head_bits, max_ram, n_threads)
+    n_threads = _check_options(method, device, bpw, lm_head_bits, max_ram, n_threads)
     if method == AUTO and (calibration is not None or calibration_tokens is not None):
         method = GPTQ
     text = None
@@ -121,13 +124,18 @@ def convert(
     if method == AUTO:
         method = GPTQ if has_tokenizer(files) and layer_weights(config) <= SMALL_MODEL else "search"
     budget = None if bpw is None else Budget(config, bpw)
-    if method != GPTQ and budget is not None and not has_tokenizer(files):
-        raise ConvertError(
-            f"bpw needs text to measure with, and the source has no tokenizer to read it: "
-            f"use --method {GPTQ} --calibration {SELF}, text that the model writes itself"
-        )
-    if method != GPTQ:
+    if method == GPTQ:
+        device, notes = gptq.choose_device(device, config, SEQUENCE_TOKENS)
+        warnings += notes
+    else:
+        if budget is not None and not has_tokenizer(files):
+            raise ConvertError(
+                f"bpw needs text to measure with, and the source has no tokenizer to read it: "
+                f"use --method {GPTQ} --calibration {SELF}, text that the model writes itself"
+            )
         text = None if budget is None else CalibrationText([BUILTIN], sensitivity.MEASURED_TOKENS)
+        if device not in (AUTO, "cpu"):
+            warnings.append(f"device {device!r} is for calibrating (--method gptq); method {method} runs on the CPU")
     plain_method = "search" if method == GPTQ else method  # of what is not calibrated
     for bits in {4, lm_head_bits} - {16}:
         quantize(np.zeros((1, 1), np.float32), bits, plain_method)  # compiles, before memory is measured, time counted
@@ -146,17 +154,22 @@ def convert(
         raw_files = _hashed_files(origin.folder, source_files)
         units: list[str] = []
         if text is not None:
-            needed = [memory_needed(config, SEQUENCE_TOKENS)] if method == GPTQ else []
-            needed += [] if budget is None else [sensitivity.memory_needed(config, SEQUENCE_TOKENS, method)]
-            check_calibration_memory(max_ram, max(needed))
+            if method == GPTQ:
+                gptq.check_memory(device, config, SEQUENCE_TOKENS, max_ram)
+            if budget is not None:
+                check_calibration_memory(max_ram, sensitivity.memory_needed(config, SEQUENCE_TOKENS, method))
             state = _work_state(checkpoint, raw_files, text, method, bpw, lm_head_bits, model.changes)
+            if method == GPTQ:
+                state["arithmetic"] = gptq.identity_of(device, n_threads)
             folder = stack.enter_context(WorkFolder(destination, state))
             used = _calibration_ids(text, folder, origin.folder, config, files, max_ram, n_threads)
         if budget is not None:
             extra["bpw"] = budget.bpw
             units = work.choose_units(budget, config, method, used.ids, folder)
+            specs = model_tensors(config, lm_head_bits, units)
         if method == GPTQ:
             extra["calibration"] = used.summary()
+            gptq.check_disk(folder, config, used.ids.size, specs)
             layers = CalibratedLayers(
                 checkpoint,
                 config,
@@ -166,9 +179,9 @@ def convert(
                 int8_units=units,
                 n_threads=n_threads,
                 on_weights=work.on_weights,
+                device=device,
             )
             work.calibrate(layers)
-        specs = model_tensors(config, lm_head_bits, units)
         # Where the checkpoint once lay on someone's disk is nobody's business.
         stored_config = {key: value for key, value in raw_config.items() if key != "_name_or_path"}
         with ModelWriter(
@@ -210,6 +223,7 @@ def convert(
             commit=origin.commit,
             method=method,
             bpw=bpw,
+            device=device if method == GPTQ else None,
             lm_head_bits=lm_head_bits,
             int8_matrices=sum(len(unit_matrices(unit)) for unit in units),
             layer_matrices=sum(len(unit_matrices(unit)) for unit in unit_names(config)),
@@ -347,11 +361,12 @@ class _Conversion:
 
 
 def _check_options(
-    method: str, bpw: float | None, lm_head_bits: int, max_ram: int | None, n_threads: int | None
+    method: str, device: str, bpw: float | None, lm_head_bits: int, max_ram: int | None, n_threads: int | None
 ) -> int:
     """The number of threads, all options being valid."""
     if method not in (*METHODS, GPTQ, AUTO):
         raise ConvertError(f"method {method!r} is unknown: it is one of {', '.join((AUTO, GPTQ, *METHODS))}")
+    gptq.check_name(device)
     if bpw is not None and not 0 < bpw < 16:  # false for NaN; `Budget` knows what the model can do
         raise ConvertError(f"bpw {bpw:g} is not possible: the layers' matrices have 4 or 8 bits, so give 4.5 to 8, say")
     if lm_head_bits not in LM_HEAD_BITS:

@@ -17,6 +17,8 @@ class ConvertReport:
     method: str
     bpw: float | None
     """The budget that was asked for."""
+    device: str | None
+    """Where it was calibrated: "cpu", "cuda" or "torch-cpu"; None where it was not."""
     lm_head_bits: int
     int8_matrices: int
     """How many of the layers' matrices have 8 bits; the others have 4."""

@@ -38,7 +38,7 @@ ROUND = np.float32(12582912.0)
 N_CANDIDATES = 16
 # |long end of the codes| / (absmax / scale) runs over these: above zero - 0.5 the largest weights are clipped.
 FIRST_4, LAST_4 = 6.0, 12.0
-_FIRST_8, _LAST_8 = 112.0, 134.0
+FIRST_8, LAST_8 = 112.0, 134.0
 TOGETHER = 4  # candidates that share the loads of weights; an even number, for signs alternate
 WORK_ROWS = 3 * TOGETHER + 2
 
@@ -91,7 +91,7 @@ def choose_scales(x, importance, zero, work, scale, halves):
             largest[r] = max(largest[r], abs(x[j, r]))
     best[:] = np.float32(-1)
     scale[:] = 0
-    first, last = (FIRST_4, LAST_4) if zero == 8 else (_FIRST_8, _LAST_8)
+    first, last = (FIRST_4, LAST_4) if zero == 8 else (FIRST_8, LAST_8)
     places = x.ctypes.data, importance.ctypes.data, inverse.ctypes.data, sums.ctypes.data
     for candidate in range(0, 2 * N_CANDIDATES, TOGETHER):
         for c in range(TOGETHER):

@@ -6,6 +6,7 @@ from typing import Any
 
 from edgellama.cli import console, options
 from edgellama.cli.progress import conversion_progress
+from edgellama.devices import CALIBRATION_DEVICES
 
 _DESCRIPTION = "Make one .edgellama file from a Hugging Face Llama checkpoint."
 _EPILOG = """\
@@ -22,7 +23,9 @@ size. Interrupted, it leaves nothing behind.
 up for the errors before it: much more exact, and slow. Without --method that is
 done for small models (up to 200 million weights in the layers: minutes); others
 get `search`, which needs no text. It takes a minute and a half for a 7B model,
-gptq three hours. Interrupted, it goes on when the same command is given again.
+gptq three hours, or minutes on a CUDA GPU, which is used where torch finds one
+(--device). Interrupted, it goes on when the same command is given again; given
+with another device, it begins anew. The bytes it writes depend on the device.
 
 --bpw spends further bits where they help most: what rounding each matrix does
 to the model's answers is measured with text, and the worst get 8 bits instead
@@ -65,6 +68,13 @@ def add_parser(subparsers) -> None:
         help="bits per weight in the layers' matrices, e.g. 4.5: those that gain most get 8 bits (default: all have 4)",
     )
     parser.add_argument(
+        "--device",
+        default="auto",
+        choices=CALIBRATION_DEVICES,
+        metavar="D",
+        help="for gptq: auto (default: cuda if there is one), cpu, cuda (needs edgellama[cuda]), torch-cpu",
+    )
+    parser.add_argument(
         "--lm-head-bits", type=int, default=8, choices=(4, 8, 16), help="bits of the output layer (default 8)"
     )
     parser.add_argument(
@@ -99,6 +109,8 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.method not in ("auto", "gptq") and (args.calibration or args.calibration_tokens):
         args.parser.error(f"--method {args.method} is not calibrated: drop --calibration, or take --method gptq")
+    if args.method not in ("auto", "gptq") and args.device not in ("auto", "cpu"):
+        args.parser.error(f"--method {args.method} runs on the CPU: drop --device, or take --method gptq")
     from edgellama_convert import convert
     from edgellama_convert.conversion import is_begun
 
@@ -112,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
                 lm_head_bits=args.lm_head_bits,
                 calibration=args.calibration,
                 calibration_tokens=args.calibration_tokens,
+                device=args.device,
                 max_ram=args.max_ram,
                 revision=args.revision,
                 offline=args.offline,
@@ -143,7 +156,7 @@ def summary(report) -> list[str]:
     return [
         f"size   {console.size(report.source_bytes)} -> {console.size(report.file_bytes)}, "
         f"{console.count(report.weights)} weights",
-        f"method {report.method}{_better(report.method)}",
+        f"method {report.method}{_where(report.device)}{_better(report.method)}",
         f"bits   {report.bits_per_weight:.2f} per weight; {report.linear_bits_per_weight:.2f} in the layers' matrices, "
         f"{report.lm_head_bits} in the output layer",
         *(
@@ -157,6 +170,10 @@ def summary(report) -> list[str]:
         *(f"note   {line}" for line in [*_ignored(report.ignored), *report.warnings]),
         f"next   edgellama {_next(report)}",
     ]
+
+
+def _where(device: str | None) -> str:
+    return "" if device in (None, "cpu") else f" on {device}"
 
 
 def _better(method: str) -> str:

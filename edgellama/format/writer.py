@@ -214,11 +214,7 @@ class ModelWriter:
             raise EdgellamaError(f"{self.path}: the folder {folder} does not exist; create it first")
         check_replaceable(self._destination)
         remove_stale(self._destination)
-        needed, free = self.data_end, shutil.disk_usage(folder).free
-        if free < needed:
-            raise EdgellamaError(
-                f"{self.path}: needs {_size(needed)} of disk space, {folder} has {_size(free)}: make room there"
-            )
+        check_space(self.path, folder, self.data_end)
         while self._fd is None:
             self._temp = temp_path(self._destination)
             self._fd = create_locked(self._temp)
@@ -297,6 +293,15 @@ class ModelWriter:
                 free = shutil.disk_usage(self._destination.parent).free
                 room = f" ({_size(self.data_end)} needed, {_size(free)} free now)"
             raise EdgellamaError(f"{self.path}: cannot be written: {error.strerror or error}{room}") from error
+
+
+def check_space(path: Path, folder: Path, needed: int, what: str = "needs", there: int = 0) -> None:
+    """EdgellamaError if `folder` lacks room for the `needed` bytes of `path`, `there` of which are there already."""
+    free = shutil.disk_usage(folder).free + there
+    if free < needed:
+        raise EdgellamaError(
+            f"{path}: {what} {_size(needed)} of disk space, {folder} has {_size(free)}: make room there"
+        )
 
 
 def check_replaceable(destination: Path, magic: bytes = MAGIC, what: str = "an .edgellama file") -> None:

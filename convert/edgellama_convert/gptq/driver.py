@@ -4,14 +4,14 @@ Two residual streams go through the model side by side, the source's and the qua
 worked on in four steps (q, k, v; o; gate, up; down), so that a matrix is quantized for the inputs that it will get. One
 layer of the source is in memory at a time, the sequences pass in chunks. Finished layers are kept in a `WorkFolder`.
 
-Knows the order of things; `layer` has the forward pass, `solve` the arithmetic of a matrix, `calibration` the text.
+Knows the order of things; `arithmetic` has the forward pass (`layer`) and the solution of a matrix (`solve`), on a CPU
+or a GPU; `calibration` has the text.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Executor
 
 import numpy as np
 
@@ -25,9 +25,8 @@ from ..checkpoint import STORED, Checkpoint, SourceTensor, row_slabs, to_float32
 from ..names import EMBEDDING
 from ..pipeline import TensorError, bad_weight
 from ..quantizers import quantize
-from .layer import LayerMath, Linear
-from .parts import each_part, threads
-from .solve import PANEL, Factor, Moments, quantize_matrix, shift
+from .arithmetic import Arithmetic, arithmetic_on
+from .layer import Array, Linear
 from .work import Stream, WorkFolder
 
 QKV, O, GATE_UP, DOWN = UNITS
@@ -38,12 +37,18 @@ _LARGEST_WEIGHT = 65504.0 * 7
 
 
 def memory_needed(config: LlamaConfig, seq_len: int) -> int:
-    """Bytes that `CalibratedLayers.run` holds at its peak, without the process as it was before."""
+    """Bytes that `CalibratedLayers.run` holds at its peak, where it computes; without what was held there before."""
     hidden, wide = config.hidden_size, config.intermediate_size
     summing = wide * wide + 6 * wide * hidden  # Hessian, lack, down_proj, the source's and the quantized gate and up
     choosing = 2 * wide * wide + 5 * wide * hidden  # Hessian and factor; source, target, errors, result and a product
     gate_up = 8 * wide * hidden + 3 * hidden * hidden
     return 4 * max(summing + 8 * max(_CHUNK_BYTES // 4, seq_len * wide), choosing, gate_up)
+
+
+def disk_needed(config: LlamaConfig, tokens: int) -> int:
+    """Bytes that the streams of a layer, for so many calibration tokens, take in the work folder."""
+    width = config.num_attention_heads * config.head_dim
+    return 4 * tokens * (6 * config.hidden_size + width + config.intermediate_size)
 
 
 class CalibratedLayers:
@@ -60,14 +65,16 @@ class CalibratedLayers:
         int8_units: Collection[str] = (),
         n_threads: int,
         on_weights: Callable[[int], None],
+        device: str = "cpu",
     ):
         """`ids` int32[sequences, length]; `embedding_bits` as stored (16: float16); `on_weights(n)` after n weights.
 
-        `int8_units`: the units that get 8 bits (`edgellama.format.unit_names`); the others get 4.
+        `int8_units`: the units that get 8 bits (`edgellama.format.unit_names`); the others get 4. `device`, a resolved
+        one ("cpu", "cuda", "torch-cpu"), is where it computes.
         """
         self._checkpoint, self._config, self._ids, self._work = checkpoint, config, ids, work
         self._embedding_bits, self._n_threads, self._on_weights = embedding_bits, n_threads, on_weights
-        self._int8_units = frozenset(int8_units)
+        self._int8_units, self._device = frozenset(int8_units), device
         widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim, config.hidden_size)
         sequences = max(1, _CHUNK_BYTES // (4 * widest * ids.shape[1]))
         self._chunk = sequences * ids.shape[1]
@@ -85,15 +92,12 @@ class CalibratedLayers:
             done = 0
         for _ in range(done):
             self._on_weights(layer_weights(self._config) // layers)
-        with (
-            threads(self._n_threads) as pool,
-            np.errstate(over="ignore", invalid="ignore"),  # `_quantize` looks at what comes of it
-        ):
+        with arithmetic_on(self._device, self._config, self._ids.shape[1], self._n_threads) as math:
             if done == 0:
                 self._work.discard("layer-*")
                 self._embed()
             for i in range(done, layers):
-                self._layer(i, pool)
+                self._layer(i, math)
                 self._work.discard(f"x-{i:05d}.*")
         self._work.discard("x-*")
 
@@ -135,10 +139,16 @@ class CalibratedLayers:
         return rows[places]
 
     @contextlib.contextmanager
-    def _streams(self, name: str, width: int) -> Iterator[tuple[Stream, Stream]]:
+    def _stream(self, name: str, width: int, math: Arithmetic | None) -> Iterator[Stream]:
+        """Its rows are NumPy's, or those of `math`."""
+        with self._work.stream(name, width) as stream:
+            yield stream if math is None else math.stream(stream)
+
+    @contextlib.contextmanager
+    def _streams(self, name: str, width: int, math: Arithmetic | None = None) -> Iterator[tuple[Stream, Stream]]:
         with (
-            self._work.stream(f"{name}.source", width) as source,
-            self._work.stream(f"{name}.quantized", width) as quantized,
+            self._stream(f"{name}.source", width, math) as source,
+            self._stream(f"{name}.quantized", width, math) as quantized,
         ):
             yield source, quantized
 
@@ -147,73 +157,73 @@ class CalibratedLayers:
 
     # -- one layer -----------------------------------------------------------------------------------------------
 
-    def _layer(self, i: int, pool: Executor) -> None:
-        config, parts = self._config, LayerMath(self._config, self._ids.shape[1], pool)
+    def _layer(self, i: int, math: Arithmetic) -> None:
+        config = self._config
         hidden, width, wide = config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size
-        norm = self._vector(f"model.layers.{i}.input_layernorm.weight")
-        norm2 = self._vector(f"model.layers.{i}.post_attention_layernorm.weight")
+        norm = math.array(self._vector(f"model.layers.{i}.input_layernorm.weight"))
+        norm2 = math.array(self._vector(f"model.layers.{i}.post_attention_layernorm.weight"))
         results: dict[str, np.ndarray] = {}
 
-        def quantize(unit: str, linears: Mapping[str, Linear], moments: Moments, of_output: bool) -> list[Linear]:
+        def quantize(unit: str, linears: Mapping[str, Linear], moments, of_output: bool) -> list[Linear]:
             bits = 8 if f"model.layers.{i}.{unit}" in self._int8_units else 4
-            return self._quantize(i, linears, moments, of_output, bits, results, pool)
+            return self._quantize(i, linears, moments, of_output, bits, results, math)
 
-        def inputs_of(before, models, norm: np.ndarray, combine: Callable[..., np.ndarray]) -> list[np.ndarray]:
+        def inputs_of(before, models, norm: Array, combine: Callable[..., Array]) -> list[Array]:
             """What goes into o or down, from the residual streams of both models."""
             inputs = []
             for h, linears in zip(before, models, strict=True):
-                normed = parts.norm(h, norm)
-                inputs.append(combine(*(parts.linear(linear, normed) for linear in linears)))
+                normed = math.norm(h, norm)
+                inputs.append(combine(*(math.linear(linear, normed) for linear in linears)))
             return inputs
 
-        def source_output(moments: Moments, linear: Linear, before, inputs) -> np.ndarray:
+        def source_output(moments, linear: Linear, before, inputs) -> Array:
             """The source's residual stream after `linear`, counted in what the quantized model would lack of it."""
-            source, quantized = (h + parts.linear(linear, x) for h, x in zip(before, inputs, strict=True))
-            moments.add(inputs[1], source - quantized, pool)
+            source, quantized = (h + math.linear(linear, x) for h, x in zip(before, inputs, strict=True))
+            math.count(moments, inputs[1], source - quantized)
             return source
 
         with (
-            self._streams(f"x-{i:05d}", hidden) as x,
-            self._streams(f"x-{i + 1:05d}", hidden) as following,
-            self._streams("scratch-middle", hidden) as middle,
-            self._work.stream("scratch-attended", width) as attended,
-            self._work.stream("scratch-gated", wide) as gated,
+            self._streams(f"x-{i:05d}", hidden, math) as x,
+            self._streams(f"x-{i + 1:05d}", hidden, math) as following,
+            self._streams("scratch-middle", hidden, math) as middle,
+            self._stream("scratch-attended", width, math) as attended,
+            self._stream("scratch-gated", wide, math) as gated,
         ):
-            moments = Moments.zeros(hidden, hidden)
+            moments = math.moments(hidden, hidden)
             for first, last in self._chunks():
-                source, quantized = (parts.norm(stream.read(first, last), norm) for stream in x)
-                moments.add(quantized, source - quantized, pool)
-            qkv = self._linears(i, QKV)
+                source, quantized = (math.norm(stream.read(first, last), norm) for stream in x)
+                math.count(moments, quantized, source - quantized)
+            qkv = self._linears(i, QKV, math)
             models = list(qkv.values()), quantize(QKV, qkv, moments, of_output=False)
 
-            moments, output = Moments.zeros(width, hidden), self._linears(i, O)
+            moments, output = math.moments(width, hidden), self._linears(i, O, math)
             for first, last in self._chunks():
                 before = [stream.read(first, last) for stream in x]
-                inputs = inputs_of(before, models, norm, parts.attention)
+                inputs = inputs_of(before, models, norm, math.attention)
                 attended.write(first, inputs[1])
                 middle[0].write(first, source_output(moments, output[O], before, inputs))
             (o,) = quantize(O, output, moments, of_output=True)
 
-            moments = Moments.zeros(hidden, hidden)
+            moments = math.moments(hidden, hidden)
             for first, last in self._chunks():
-                h = x[1].read(first, last) + parts.linear(o, attended.read(first, last))
+                h = x[1].read(first, last) + math.linear(o, attended.read(first, last))
                 middle[1].write(first, h)
-                source, quantized = (parts.norm(each, norm2) for each in (middle[0].read(first, last), h))
-                moments.add(quantized, source - quantized, pool)
-            gate_up = self._linears(i, GATE_UP)
+                source, quantized = (math.norm(each, norm2) for each in (middle[0].read(first, last), h))
+                math.count(moments, quantized, source - quantized)
+            gate_up = self._linears(i, GATE_UP, math)
             models = list(gate_up.values()), quantize(GATE_UP, gate_up, moments, of_output=False)
 
-            moments, output = Moments.zeros(wide, hidden), self._linears(i, DOWN)
+            moments, output = math.moments(wide, hidden), self._linears(i, DOWN, math)
             for first, last in self._chunks():
                 before = [stream.read(first, last) for stream in middle]
-                inputs = inputs_of(before, models, norm2, parts.gated)
+                inputs = inputs_of(before, models, norm2, math.gated)
                 gated.write(first, inputs[1])
                 following[0].write(first, source_output(moments, output[DOWN], before, inputs))
             del models, gate_up, qkv, before, inputs  # memory is tightest now
             (down,) = quantize(DOWN, output, moments, of_output=True)
 
             for first, last in self._chunks():
-                following[1].write(first, middle[1].read(first, last) + parts.linear(down, gated.read(first, last)))
+                following[1].write(first, middle[1].read(first, last) + math.linear(down, gated.read(first, last)))
             for out in following:
                 out.flush()
         self._work.save_arrays(_layer_file(i), results)
@@ -223,51 +233,41 @@ class CalibratedLayers:
         self,
         i: int,
         linears: Mapping[str, Linear],
-        moments: Moments,
+        moments,
         of_output: bool,
         bits: int,
         results: dict[str, np.ndarray],
-        pool: Executor,
+        math: Arithmetic,
     ) -> list[Linear]:
         """Quantize matrices that share their input; their codes go into `results`. Uses `moments` up."""
-        if not (np.isfinite(np.diagonal(moments.hessian)).all() and np.isfinite(moments.lack).all()):
+        if not math.is_finite(moments):
             raise ConvertError(f"layer {i}: its activations are not finite; the checkpoint is damaged")
         moments.complete()
-        targets = [np.empty_like(linear.weight) for linear in linears.values()]
-        for linear, target in zip(linears.values(), targets, strict=True):
-
-            def aim(row: int, end: int, weight: np.ndarray = linear.weight, target: np.ndarray = target) -> None:
-                lack = moments.lack[row:end] if of_output else moments.lack
-                target[row:end] = shift(weight[row:end], lack, of_output)
-
-            each_part(pool, len(target), PANEL, aim)
-        moments.lack = np.zeros((0, 0), np.float32)
-        factor = Factor(moments.hessian, pool)
+        targets = [math.shift(linear.weight, moments.lack, of_output) for linear in linears.values()]
+        del moments.lack
+        factor = math.factor(moments.hessian)
         quantized = []
         for (name, linear), target in zip(linears.items(), targets, strict=True):
-
-            def solve(row: int, end: int, weight: np.ndarray = linear.weight, target: np.ndarray = target) -> None:
-                factor.solve(target[row:end])
-                target[row:end] += weight[row:end]
-
-            each_part(pool, len(target), PANEL, solve)
-            codes = quantize_matrix(target, factor, bits, pool)
-            stored = dequantize(codes.codes, codes.scales, bits)
-            difference = (stored - linear.weight).reshape(-1)
-            results[f"{name}.error"] = np.array([_square_sum(difference), _square_sum(linear.weight.reshape(-1))])
-            results[f"{name}.codes"] = (pack_int4 if bits == 4 else pack_int8)(codes.codes)
-            results[f"{name}.scales"] = pack_scales(codes.scales)
+            math.solve(factor, target)
+            target += linear.weight
+            codes = math.quantize(target, factor, bits)
+            stored = math.dequantize(codes, bits)
+            squares = [math.square_sum(each) for each in (stored - linear.weight, linear.weight)]
+            results[f"{name}.error"] = np.array(squares)
+            results[f"{name}.codes"] = (pack_int4 if bits == 4 else pack_int8)(math.numpy(codes.codes))
+            results[f"{name}.scales"] = pack_scales(math.numpy(codes.scales))
             quantized.append(Linear(stored, linear.bias))
-            self._on_weights(linear.weight.size)
+            self._on_weights(int(np.prod(linear.weight.shape)))
         return quantized
 
-    def _linears(self, i: int, unit: str) -> dict[str, Linear]:
+    def _linears(self, i: int, unit: str, math: Arithmetic) -> dict[str, Linear]:
         """The source's matrices of a unit, with their biases."""
         linears = {}
         for name in UNITS[unit]:
             tensor, bias = self._tensor(i, name), f"model.layers.{i}.{name}.bias"
-            weight = _finite(self._checkpoint.read(tensor), tensor)
-            linears[name] = Linear(weight, self._vector(bias) if bias in self._checkpoint.tensors else None)
+            weight = math.array(_finite(self._checkpoint.read(tensor), tensor))
+            biased = bias in self._checkpoint.tensors
+            linears[name] = Linear(weight, math.array(self._vector(bias)) if biased else None)
         return linears
 
     def _tensor(self, i: int, name: str) -> SourceTensor:
@@ -297,9 +297,3 @@ def _finite(weights: np.ndarray, tensor: SourceTensor) -> np.ndarray:
         row, column = divmod(int(np.argmin(fine)), weights.shape[1])
         raise bad_weight(tensor, row, column, float(weights[row, column]))
     return weights
-
-
-def _square_sum(values: np.ndarray) -> float:
-    """float64, a slab at a time."""
-    parts = np.array_split(values, 1 + values.size // 2**20)
-    return sum(float(np.square(part, dtype=np.float64).sum()) for part in parts)

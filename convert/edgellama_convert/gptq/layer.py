@@ -7,6 +7,8 @@ files and nothing of quantization.
 from __future__ import annotations
 
 from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,27 +24,16 @@ _TILE = 512  # tokens, and rows of a matrix, of a product that is one thread's
 _NUMBERS = 1 << 18  # of whatever is done element by element, at a time
 
 
+Array: TypeAlias = Any
+"""float32 of an arithmetic's own (`arithmetic`): `np.ndarray`, or a `torch.Tensor` on its device."""
+
+
+@dataclass(frozen=True)
 class Linear:
     """y = x W^T + b"""
 
-    def __init__(self, weight: np.ndarray, bias: np.ndarray | None = None):
-        self.weight, self.bias = weight, bias
-
-    def __call__(self, x: np.ndarray, pool: Executor | None = None) -> np.ndarray:
-        """[tokens, in] -> [tokens, out]"""
-        y = np.empty((len(x), len(self.weight)), np.float32)
-
-        def multiply(t: int, t_end: int, row: int, row_end: int) -> None:
-            here = y[t:t_end, row:row_end]
-            np.matmul(x[t:t_end], self.weight[row:row_end].T, out=here)
-            if self.bias is not None:
-                here += self.bias[row:row_end]
-
-        places = [
-            (*tokens, *rows) for tokens in row_slabs(len(x), _TILE) for rows in row_slabs(len(self.weight), _TILE)
-        ]
-        each(pool, places, multiply)
-        return y
+    weight: Array
+    bias: Array | None = None
 
 
 class LayerMath:
@@ -54,7 +45,19 @@ class LayerMath:
         self._mask = np.triu(np.full((seq_len, seq_len), -np.inf, np.float32), 1)
 
     def linear(self, linear: Linear, x: np.ndarray) -> np.ndarray:
-        return linear(x, self._pool)
+        """[tokens, in] -> [tokens, out]"""
+        weight, bias = linear.weight, linear.bias
+        y = np.empty((len(x), len(weight)), np.float32)
+
+        def multiply(t: int, t_end: int, row: int, row_end: int) -> None:
+            here = y[t:t_end, row:row_end]
+            np.matmul(x[t:t_end], weight[row:row_end].T, out=here)
+            if bias is not None:
+                here += bias[row:row_end]
+
+        places = [(*tokens, *rows) for tokens in row_slabs(len(x), _TILE) for rows in row_slabs(len(weight), _TILE)]
+        each(self._pool, places, multiply)
+        return y
 
     def norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         y = np.empty_like(x)

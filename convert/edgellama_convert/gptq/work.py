@@ -82,9 +82,9 @@ class WorkFolder:
     """
 
     def __init__(self, destination: Path, state: Mapping[str, object]):
-        destination = Path(os.path.realpath(destination))
-        self.path = work_folder_of(destination)
-        self._lock = self._take_lock(destination)
+        self.destination = Path(os.path.realpath(destination))
+        self.path = work_folder_of(self.destination)
+        self._lock = self._take_lock()
         try:
             text = json.dumps(state, sort_keys=True)
             if not self._belongs_to(text):
@@ -96,7 +96,7 @@ class WorkFolder:
             self._leave()
             raise
 
-    def _take_lock(self, destination: Path) -> int:
+    def _take_lock(self) -> int:
         path = self.path / _LOCK
         while True:
             with contextlib.suppress(FileExistsError):
@@ -108,7 +108,7 @@ class WorkFolder:
                 if storage.try_lock(fd) is False:
                     storage.close(fd)
                     raise ConvertError(
-                        f"{destination}: another conversion to it is running; wait for it, or name another file"
+                        f"{self.destination}: another conversion to it is running; wait for it, or name another file"
                     )
                 if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
                     return fd
@@ -138,6 +138,10 @@ class WorkFolder:
             return (self.path / name).stat().st_size
         except FileNotFoundError:
             return None
+
+    def held(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.stat().st_size for entry in self.path.iterdir())
 
     def save(self, name: str, data: bytes) -> None:
         """A whole file of bytes."""

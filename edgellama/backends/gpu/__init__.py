@@ -10,10 +10,10 @@
     kernels.py, attention_kernels.py    those kernels
     selection.py         the next token, chosen on the device
 
-torch and triton are imported by these modules alone, and none of them is imported before a device asks for it. The name
-is not `torch`, so that nobody has to think about which one `import torch` means.
+torch and triton are imported by these modules alone (and torch by calibrated conversion's), none of which is imported
+before a device asks for it. The name is not `torch`, so that nobody has to think about which one `import torch` means.
 """
 
-from .availability import available_devices, device_problem, free_bytes
+from .availability import available_devices, device_problem, free_bytes, total_bytes
 
-__all__ = ["available_devices", "device_problem", "free_bytes"]
+__all__ = ["available_devices", "device_problem", "free_bytes", "total_bytes"]

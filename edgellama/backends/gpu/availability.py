@@ -54,6 +54,13 @@ def free_bytes() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
+def total_bytes() -> int:
+    """Bytes of the GPU's memory."""
+    import torch
+
+    return torch.cuda.mem_get_info()[1]
+
+
 @functools.cache
 def triton_problem() -> str | None:
     """Why Triton's kernels cannot run on the GPU; None where a small one has just been compiled and run.
