@@ -203,6 +203,7 @@ class CalibratedLayers:
                 attended.write(first, inputs[1])
                 middle[0].write(first, source_output(moments, output[O], before, inputs))
             (o,) = quantize(O, output, moments, of_output=True)
+            del models, qkv
 
             moments = math.moments(hidden, hidden)
             for first, last in self._chunks():
@@ -219,7 +220,7 @@ class CalibratedLayers:
                 inputs = inputs_of(before, models, norm2, math.gated)
                 gated.write(first, inputs[1])
                 following[0].write(first, source_output(moments, output[DOWN], before, inputs))
-            del models, gate_up, qkv, before, inputs  # memory is tightest now
+            del models, gate_up, before, inputs  # memory is tightest now
             (down,) = quantize(DOWN, output, moments, of_output=True)
 
             for first, last in self._chunks():
