@@ -72,9 +72,12 @@ def emit_store(builder, value, address, align: int) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
-def emit_prefetch(builder, address) -> None:
-    """Ask for the cache line at an address, which may be no memory at all; nothing waits."""
-    read, keep, data = I32(0), I32(3), I32(1)
+def emit_prefetch(builder, address, keep: int = 3) -> None:
+    """Ask for the cache line at an address, which may be no memory at all; nothing waits.
+
+    keep: 3 for the first-level cache, 2 for the second.
+    """
+    read, keep, data = I32(0), I32(keep), I32(1)
     pointer = builder.inttoptr(address, I8.as_pointer())
     emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, read, keep, data])
 

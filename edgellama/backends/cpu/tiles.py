@@ -178,6 +178,9 @@ def _integers(bits: int, tokens: int):
 
         def one_block(index, block):
             x_group, first_group = b.mul(index, groups), b.mul(block, groups)
+            # The last tile asks for the weights that are multiplied next; the others, for what is there already.
+            is_last = b.icmp_signed("==", index, b.sub(tiles, I64(1)))
+            behind = b.select(is_last, b.mul(b.mul(blocks, groups), I64(group_bytes)), I64(0))
             total = _cells(b, V_F32, tokens)
             sums = [_cells(b, V_I32, chains) for _ in range(tokens)]
             (high_sum,) = _cells(b, V_I32, 1)  # of one token
@@ -202,6 +205,8 @@ def _integers(bits: int, tokens: int):
                         at = emit_offset(b, group_weights, (loop.index, 64 * lines), 64 * n)
                         if tokens == SIZES[1]:
                             emit_prefetch(b, emit_offset(b, at, AHEAD))
+                        elif tokens == SIZES[-1]:
+                            emit_prefetch(b, emit_offset(b, at, behind), 2)
                         line = emit_load(b, at, V_I8, 64)
                         words = emit_nibbles(b, line) if bits == 4 else (line,)
                         for i, w in enumerate(words, n * len(words)):
