@@ -76,7 +76,7 @@ def theirs(args: argparse.Namespace, kind: str, folder: Path) -> Row:
     from edgellama.tokenizer import load_tokenizer
     from edgellama_convert.checkpoint import Checkpoint
     from edgellama_convert.comparison import measure, windows_of
-    from edgellama_convert.conversion import read_config, read_files
+    from edgellama_convert.files import read_config, read_files
     from edgellama_convert.weights import CheckpointWeights
 
     _, config = read_config(args.source)

@@ -15,7 +15,7 @@ from edgellama.errors import ConvertError
 from edgellama.format import model_tensors, open_model, unit_names
 from edgellama.format.schema import UNITS
 from edgellama.quant import load_matrix
-from edgellama_convert import conversion, convert, sensitivity
+from edgellama_convert import convert, files, sensitivity
 from edgellama_convert.budget import Budget, linear_bits, unit_matrices
 from edgellama_convert.checkpoint import Checkpoint
 from edgellama_convert.gptq import CalibratedLayers, WorkFolder
@@ -124,7 +124,7 @@ SMALL_CONFIG = {
 
 
 def gains_of(source, folder, ids, method="rtn", n_threads=2):
-    _, config = conversion.read_config(source)
+    _, config = files.read_config(source)
     with Checkpoint(source) as checkpoint, WorkFolder(folder / "m", {}) as work:
         return sensitivity.measure(
             checkpoint, config, ids, work, method=method, n_threads=n_threads, on_weights=lambda n: None

@@ -217,7 +217,7 @@ def test_max_ram_too_small_says_how_much_is_needed(tmp_path):
 def test_memory_measured_above_max_ram_stops_the_conversion(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "model")
     held = iter([100 << 20] * 3)
-    monkeypatch.setattr("edgellama_convert.conversion.private_bytes", lambda: next(held, 600 << 20))
+    monkeypatch.setattr("edgellama_convert.tensors.private_bytes", lambda: next(held, 600 << 20))
     monkeypatch.setattr("edgellama_convert.resources.private_bytes", lambda: 100 << 20)
     with pytest.raises(ConvertError, match="holds 600 MiB, more than --max-ram 512 MiB"):
         convert(tmp_path / "model", tmp_path / "m.edgellama", max_ram=512 << 20, method="search")

@@ -168,7 +168,7 @@ def test_memory_is_within_its_bound(tmp_path):
     from edgellama.perplexity import chunks
     from edgellama_convert.checkpoint import Checkpoint
     from edgellama_convert.comparison import measure
-    from edgellama_convert.conversion import read_config
+    from edgellama_convert.files import read_config
     from edgellama_convert.weights import CheckpointWeights
 
     make_checkpoint(

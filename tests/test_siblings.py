@@ -13,7 +13,7 @@ from edgellama.config import LlamaConfig
 from edgellama.errors import ConfigError, ConvertError
 from edgellama.format import open_model
 from edgellama_convert import convert, export_hf
-from edgellama_convert.conversion import read_config
+from edgellama_convert.files import read_config
 from edgellama_convert.siblings import REASONS, SIBLINGS, as_llama_files, open_checkpoint, to_llama
 from edgellama_convert.walk import Stream, Walk
 from edgellama_convert.weights import CheckpointWeights

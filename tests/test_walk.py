@@ -11,7 +11,7 @@ from edgellama.errors import ConvertError
 from edgellama.format import ModelWriter, open_model
 from edgellama_convert import convert, export_hf
 from edgellama_convert.checkpoint import Checkpoint
-from edgellama_convert.conversion import read_config
+from edgellama_convert.files import read_config
 from edgellama_convert.walk import Stream, Walk
 from edgellama_convert.weights import CheckpointWeights, StoredWeights, check_same_model
 

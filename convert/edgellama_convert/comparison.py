@@ -292,7 +292,7 @@ def _open_source(
     if path.suffix == ".edgellama" and path.is_file():
         file: ModelFile = stack.enter_context(open_model(path))
         return StoredWeights.of_file(file), load_tokenizer(file.files, file.config)
-    from .conversion import read_config, read_files
+    from .files import read_config, read_files
 
     origin = resolve(source, revision=revision, offline=offline)
     _, config = read_config(origin.folder)

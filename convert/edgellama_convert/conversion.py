@@ -1,7 +1,8 @@
 """Converts a checkpoint: finds it, plans it, streams every tensor through the quantizer into the writer.
 
-This module puts the parts together and holds no arithmetic: `source` finds files, `checkpoint` reads them, `names`
-maps them, `pipeline` and `quantizers` do the work, `edgellama.format` owns the result's bytes and writes atomically.
+This module puts the parts together and holds no arithmetic: `source` finds files, `files` and `checkpoint` read them,
+`names` maps them, `tensors` has made what is stored of them, `edgellama.format` owns the result's bytes and writes
+atomically.
 
 Same input and options give the same bytes: nothing of the time, the machine or the user's folders goes into the file.
 """
@@ -21,35 +22,33 @@ import xxhash
 from edgellama import __version__
 from edgellama.backends.cpu.threads import default_threads
 from edgellama.config import LlamaConfig
-from edgellama.errors import ConvertError, TokenizerError
-from edgellama.format import FILE_NAMES, LAYOUTS, ModelWriter, TensorSpec, has_tokenizer, model_tensors, unit_names
+from edgellama.errors import ConvertError
+from edgellama.format import ModelWriter, has_tokenizer, model_tensors, unit_names
 from edgellama.format.schema import LM_HEAD_BITS
 from edgellama.format.writer import check_replaceable
-from edgellama.quant import GROUP_SIZE, padded_shape
 from edgellama.sizing import layer_weights
 
 from . import gptq, sensitivity
-from .budget import CODE_BITS, Budget, linear_bits, unit_matrices
+from .budget import Budget, linear_bits, unit_matrices
 from .calibration import BUILTIN, SELF, SEQUENCE_TOKENS, SMALL_MODEL, Calibration, CalibrationText
-from .checkpoint import Checkpoint, SourceTensor, read_small
+from .checkpoint import Checkpoint
+from .files import check_tokenizer, read_config, read_files, with_config
 from .gptq import CalibratedLayers, WorkFolder, work_folder_of
-from .names import Plan, plan_tensors, refuse_untied
-from .pipeline import Pipeline
+from .names import plan_tensors
 from .quantizers import METHODS, quantize
 from .receipt import Receipt, make_receipt
 from .report import ConvertReport
-from .resources import MIB, check_calibration_memory, check_memory, plan_buffers, private_bytes
+from .resources import check_calibration_memory
 from .self_text import sample
-from .siblings import MAX_CONFIG_BYTES, as_llama_files, model_type_of, open_checkpoint, read_raw_config, to_llama
-from .source import CONFIG_FILE, Source, resolve
+from .siblings import as_llama_files, model_type_of, open_checkpoint
+from .source import Source, resolve
 from .surgery import Model, operate
+from .tensors import Tensors
 from .weights import CheckpointWeights, StoredWeights
 
 SUFFIX = ".edgellama"
 GPTQ, AUTO = "gptq", "auto"
-MAX_FILE_BYTES = 32 * MIB
-"""Of each tokenizer file; Llama-3's tokenizer.json has 9 MB."""
-_OWN_TEXT, _GAINS = "own-text.npz", "gains.npz"
+_OWN_TEXT = "own-text.npz"
 
 
 @contextmanager
@@ -144,14 +143,14 @@ def convert(
         checkpoint = stack.enter_context(open_checkpoint(origin.folder, source_config, model.steps))
         specs = model_tensors(config, lm_head_bits)
         plan = plan_tensors(config, specs, checkpoint.tensors)
-        work = _Conversion(checkpoint, specs, plan, plain_method, max_ram, n_threads, files, progress)
+        work = Tensors(checkpoint, specs, plan, plain_method, max_ram, n_threads, files, progress)
         if budget is not None:
             work.also += layer_weights(config)
         stack.enter_context(work.pipeline)
         extra: dict[str, Any] = {}
         work_started = time.perf_counter()
         work.compare_tied()
-        raw_files = _hashed_files(origin.folder, source_files)
+        raw_files = with_config(origin.folder, source_files)
         units: list[str] = []
         if text is not None:
             if method == GPTQ:
@@ -258,108 +257,6 @@ def _destination(name: str, out: str | os.PathLike[str] | None) -> Path:
     return Path(f"{name.rsplit('/', 1)[-1]}{SUFFIX}" if out is None else out)
 
 
-class _Conversion:
-    """The tensors of one conversion as streams of bytes, with memory watched and progress told."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        specs: Sequence[TensorSpec],
-        plan: Plan,
-        method: str,
-        max_ram: int | None,
-        n_threads: int,
-        files: Mapping[str, bytes],
-        progress: Callable[[int, int], None] | None,
-    ):
-        self.checkpoint, self.plan, self.method, self.max_ram = checkpoint, plan, method, max_ram
-        self.n_threads = n_threads
-        self.progress = progress or (lambda done, total: None)
-        tensors = {tensor.name: tensor for tensor in plan.sources.values()}
-        self.total = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
-        self.also = 0
-        """Weights of other work that is told as progress."""
-        self.done = 0
-        self.peak_rss = private_bytes()
-        self.scales: dict[str, np.ndarray] = {}
-        self.layers: CalibratedLayers | None = None
-        buffers = plan_buffers(
-            max_ram,
-            widest=max(tensor.shape[-1] for tensor in tensors.values() if len(tensor.shape) == 2),
-            weight_bytes=max(tensor.nbytes // max(1, int(np.prod(tensor.shape))) for tensor in tensors.values()),
-            held_bytes=_held_bytes(specs) + sum(len(data) for data in files.values()),
-            n_threads=n_threads,
-        )
-        self.pipeline = Pipeline(checkpoint, buffers, n_threads, self.on_weights)
-
-    def on_weights(self, n: int) -> None:
-        """Count `n` weights as done, and look at the memory."""
-        held = private_bytes()
-        check_memory(self.max_ram, held)
-        if held is not None:
-            self.peak_rss = max(held, self.peak_rss or 0)
-        self.done += n
-        self.progress(self.done, self.total + self.also)
-
-    def choose_units(
-        self, budget: Budget, config: LlamaConfig, method: str, ids: np.ndarray, folder: WorkFolder
-    ) -> list[str]:
-        """The units of 8 bits. What they gain is measured on `ids`, or was before the conversion was killed."""
-        if folder.is_whole(_GAINS, ["gains"]):
-            self.on_weights(layer_weights(config))
-            gains = dict(zip(unit_names(config), folder.load_array(_GAINS, "gains").tolist(), strict=True))
-        else:
-            gains = sensitivity.measure(
-                self.checkpoint,
-                config,
-                ids,
-                folder,
-                method=method,
-                n_threads=self.n_threads,
-                on_weights=self.on_weights,
-            )
-            folder.save_arrays(_GAINS, {"gains": np.array(list(gains.values()))})
-        return budget.choose(gains)
-
-    def calibrate(self, layers: CalibratedLayers) -> None:
-        """Quantize the layers' matrices; `data` takes them from there."""
-        layers.run()
-        self.layers = layers
-
-    def data(self, spec: TensorSpec) -> Iterator[np.ndarray] | np.ndarray:
-        """What the file stores of one tensor, in pieces that are valid until the next is asked for."""
-        tensor = self.plan.sources[spec.name]
-        if self.layers is not None and spec.name.endswith((".qweight", ".scales")) and ".layers." in spec.name:
-            self.pipeline.errors[tensor.name] = self.layers.error(tensor)
-            return self.layers.codes(tensor) if spec.name.endswith(".qweight") else self.layers.scales(tensor)
-        if spec.layout in CODE_BITS:
-            n, k = padded_shape(*spec.shape)
-            scales = np.empty((n // 16, k // GROUP_SIZE, 16), np.float16)
-            self.scales[spec.name.removesuffix(".qweight") + ".scales"] = scales
-            return self.pipeline.quantized(tensor, CODE_BITS[spec.layout], self.method, scales)
-        if spec.layout == "scales.g128":
-            return self.scales.pop(spec.name)
-        if spec.layout in ("f16", "f16.r16"):
-            return self.pipeline.float16(tensor, blocked=spec.layout == "f16.r16")
-        assert spec.layout == "f32"
-        return self._vector(tensor)
-
-    def _vector(self, tensor: SourceTensor) -> np.ndarray:
-        values = self.checkpoint.read(tensor)
-        if not np.isfinite(values).all():
-            bad = int(np.argmin(np.isfinite(values)))
-            raise ConvertError(
-                f"tensor {tensor.name}: value [{bad}] is {values[bad]:g}; the checkpoint is damaged, download it again"
-            )
-        self.on_weights(values.size)
-        return values
-
-    def compare_tied(self) -> None:
-        """A tied model that stores lm_head as well must store the same values there: only one is kept."""
-        if self.plan.must_equal is not None and not self.pipeline.equal(*self.plan.must_equal):
-            raise refuse_untied()
-
-
 def _check_options(
     method: str, device: str, bpw: float | None, lm_head_bits: int, max_ram: int | None, n_threads: int | None
 ) -> int:
@@ -387,36 +284,6 @@ def check_destination(path: Path) -> None:
     if not path.parent.is_dir():
         raise ConvertError(f"the folder {path.parent} does not exist; create it first")
     check_replaceable(path)
-
-
-def read_config(folder: Path) -> tuple[dict[str, Any], LlamaConfig]:
-    """config.json, verbatim or translated to a Llama's (`siblings`), and understood."""
-    raw = to_llama(read_raw_config(folder))
-    return raw, LlamaConfig.from_dict(raw)
-
-
-def read_files(folder: Path) -> dict[str, bytes]:
-    """The tokenizer, chat template and generation defaults of the folder, verbatim."""
-    return {name: read_small(folder / name, MAX_FILE_BYTES) for name in FILE_NAMES if (folder / name).exists()}
-
-
-def check_tokenizer(files: Mapping[str, bytes], config: LlamaConfig) -> list[str]:
-    """Load the tokenizer once, so that a damaged one is refused now (TokenizerError); warnings otherwise."""
-    from edgellama.tokenizer import load_tokenizer
-
-    if not has_tokenizer(files):
-        return ["the source has no tokenizer.json or tokenizer.model: the model will take and give token ids only"]
-    try:
-        tokenizer = load_tokenizer(files, config)
-        tokenizer.decode(tokenizer.encode("Hello"))
-    except TokenizerError as error:
-        raise TokenizerError(f"the source's tokenizer cannot be used: {error}") from None
-    if tokenizer.vocab_size > config.vocab_size:
-        return [
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
-            "the last ones cannot be used"
-        ]
-    return []
 
 
 def _work_state(
@@ -472,20 +339,6 @@ def _calibration_ids(
         return folder.load_array(_OWN_TEXT, "ids")
 
     return text.ids(config, tokenizer, own_text)
-
-
-def _held_bytes(specs: Sequence[TensorSpec]) -> int:
-    """Upper bound of what is held besides slabs: the scales of one layer (or of lm_head) and a vector."""
-    by_layer: dict[str, int] = {}
-    for spec in specs:
-        if spec.layout in ("scales.g128", "f32"):
-            layer = ".".join(spec.name.split(".")[:3])
-            by_layer[layer] = by_layer.get(layer, 0) + 2 * LAYOUTS[spec.layout].nbytes(spec.shape)
-    return max(by_layer.values(), default=0) + MIB
-
-
-def _hashed_files(folder: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    return {CONFIG_FILE: read_small(folder / CONFIG_FILE, MAX_CONFIG_BYTES), **files}
 
 
 def _provenance(origin: Source, checkpoint: Checkpoint, raw_files: Mapping[str, bytes]) -> dict[str, Any]:
