@@ -397,7 +397,7 @@ def test_time_is_up():
         {"num_beams": 2, "prompt_lookup_num_tokens": 3},
         {"num_beams": 2, "on_full": "slide"},
     ],
-    ids=str,
+    ids=lambda options: " ".join(f"{name}={type(value).__name__}" for name, value in options.items()),
 )
 def test_options_that_make_no_sense_are_named(options):
     with pytest.raises((ValueError, TypeError), match=next(iter(options))):
