@@ -34,7 +34,7 @@ def compiled_store(plans, layers, counter, scratch):
 
 @kernel
 def compiled_attend(plans, layers, counter, scratch):
-    attention.attend_all(plans[0], counter, layers[0], scratch)
+    attention.attend_all(plans[0], counter, layers[0], attention.bring_their_own(plans[0]), scratch)
 
 
 def interpreted_store(plans, layers, counter, scratch):
@@ -42,7 +42,8 @@ def interpreted_store(plans, layers, counter, scratch):
 
 
 def interpreted_attend(plans, layers, counter, scratch):
-    interpreted(attention.attend_all)(plans.view(np.recarray)[0], counter, layers.view(np.recarray)[0], scratch)
+    plan, layer = plans.view(np.recarray)[0], layers.view(np.recarray)[0]
+    interpreted(attention.attend_all)(plan, counter, layer, interpreted(attention.bring_their_own)(plan), scratch)
 
 
 class Layer:

@@ -94,19 +94,22 @@ def test_bits_do_not_depend_on_threads_for_every_head(model_file, lm_head_bits):
     assert (np.concatenate([run(one_by_one, tokens[i : i + 1], i) for i in range(40)]) == expected).all()
 
 
-def test_bits_do_not_depend_on_what_shares_the_batch(model_file):
-    """Three sequences in one flat batch, interleaved, against each alone."""
-    file = model_file("gqa")
-    sequences = [tokens_of(n, seed=n) for n in (50, 33, 70)]
-    alone = [run(CpuBackend(file, 128, n_threads=1), tokens) for tokens in sequences]
+def check_batches(file, lengths, n_ctx):
+    """Sequences of these lengths in one flat batch, interleaved, have the bits of each alone."""
+    sequences = [tokens_of(n, seed=n) for n in lengths]
+    alone = [run(CpuBackend(file, n_ctx, n_threads=1), tokens) for tokens in sequences]
     order = sorted((position, slot) for slot, tokens in enumerate(sequences) for position in range(len(tokens)))
     positions, slots = np.array(order).T
     flat = np.array([sequences[slot][position] for position, slot in order], np.int32)
     for chunk in (256, 16):
-        batch = CpuBackend(file, 128, n_slots=3, n_threads=2, prefill_chunk=chunk)
+        batch = CpuBackend(file, n_ctx, n_slots=len(lengths), n_threads=2, prefill_chunk=chunk)
         logits = batch.forward(flat, positions, slots, np.arange(len(flat)))
         for slot, expected in enumerate(alone):
             assert (logits[slots == slot] == expected).all()
+
+
+def test_bits_do_not_depend_on_what_shares_the_batch(model_file):
+    check_batches(model_file("gqa"), (50, 33, 70), 128)
 
 
 def test_a_used_cache_changes_nothing(model_file):

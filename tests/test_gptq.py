@@ -97,21 +97,8 @@ def only(out):
 # -- what is computed ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"dtype": "bfloat16"},
-        {"num_key_value_heads": 6, "attention_bias": True},
-        {"num_key_value_heads": 1, "mlp_bias": True, "tie_word_embeddings": True},
-        {"head_dim": 24, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
-        {"hidden_size": 132, "intermediate_size": 150, "hidden_act": "relu"},
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "hidden_act": "gelu_pytorch_tanh"},
-        {"hidden_size": 6, "intermediate_size": 5, "num_attention_heads": 3, "num_key_value_heads": 1},
-    ],
-    ids=",".join,
-)
-def test_both_streams_are_the_reference_backends(changes, tmp_path, monkeypatch):
-    """What goes into the final norm: of the source's float weights, and of the file's."""
+def check_streams(changes, device, tmp_path, monkeypatch):
+    """What goes into the final norm is the reference backend's: of the source's float weights, and of the file's."""
     source = make_source(tmp_path / "source", **{"dtype": "float32", "num_hidden_layers": 2, **changes})
     monkeypatch.setattr(driver, "_CHUNK_BYTES", 3 * 64 * 4 * 144)  # 3 sequences at a time, where 6 are
     ids, streams = [], {}
@@ -126,8 +113,9 @@ def test_both_streams_are_the_reference_backends(changes, tmp_path, monkeypatch)
             streams["source"], streams["quantized"] = (each.read(0, self._ids.size) for each in (source, quantized))
 
     monkeypatch.setattr(CalibratedLayers, "run", run_and_look)
-    report = convert(source, tmp_path / "m.edgellama", method="gptq", calibration_tokens=6 * 64, receipt=False)
-    assert ids[0].shape == (6, 64)
+    options = {"method": "gptq", "calibration_tokens": 6 * 64, "receipt": False, "device": device}
+    report = convert(source, tmp_path / "m.edgellama", **options)
+    assert report.device == device and ids[0].shape == (6, 64)
 
     with open_model(report.out) as file, Checkpoint(source) as checkpoint:
         files = {"quantized": file, "source": SourceFile(file, checkpoint)}
@@ -140,6 +128,23 @@ def test_both_streams_are_the_reference_backends(changes, tmp_path, monkeypatch)
                 got = row / np.sqrt(variance + file.config.rms_norm_eps) * each.array("model.norm.weight")
                 assert relative_error(got, want) < ORACLE_TOLERANCE
     assert relative_error(streams["quantized"], streams["source"]) > 10 * ORACLE_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "bfloat16"},
+        {"num_key_value_heads": 6, "attention_bias": True},
+        {"num_key_value_heads": 1, "mlp_bias": True, "tie_word_embeddings": True},
+        {"head_dim": 24, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+        {"hidden_size": 132, "intermediate_size": 150, "hidden_act": "relu"},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "hidden_act": "gelu_pytorch_tanh"},
+        {"hidden_size": 6, "intermediate_size": 5, "num_attention_heads": 3, "num_key_value_heads": 1},
+    ],
+    ids=",".join,
+)
+def test_both_streams_are_the_reference_backends(changes, tmp_path, monkeypatch):
+    check_streams(changes, "cpu", tmp_path, monkeypatch)
 
 
 class SourceFile:

@@ -208,6 +208,18 @@ def test_codes_are_textbook_gptqs(features, pool, unrefined):
     assert np.mean(same_scales) > 0.9
 
 
+def best_objectives(x, importance, ends, bits):
+    """The least each row's error can be with a scale that puts its largest value at one of `ends`, of either sign, or
+    at what least squares make of it; float64[rows]."""
+    best, zero = np.full(len(x), np.inf), 2 ** (bits - 1)
+    for end in ends:
+        for sign in (1, -1):
+            codes = np.clip(np.rint(x * (sign * end / np.abs(x).max(axis=1, keepdims=True))), -zero, zero - 1)
+            products, squares = (importance * codes * x).sum(axis=1), (importance * codes**2).sum(axis=1)
+            best = np.minimum(best, (importance * x * x).sum(axis=1) - products**2 / squares)
+    return best
+
+
 def test_scales_come_near_the_best_there_are(pool, unrefined):
     """Against 2,000 scales of each sign, each refitted by least squares."""
     target = weights(16, 128, seed=3)
@@ -215,12 +227,7 @@ def test_scales_come_near_the_best_there_are(pool, unrefined):
     factor = Factor(np.diag(importance).astype(np.float32))
     importance = np.diagonal(factor.hessian).astype(np.float64)
     x = target.astype(np.float64)
-    best = np.full(16, np.inf)
-    for end in np.linspace(4, 20, 2000):
-        for sign in (1, -1):
-            codes = np.clip(np.rint(x * (sign * end / np.abs(x).max(axis=1, keepdims=True))), -8, 7)
-            products, squares = (importance * codes * x).sum(axis=1), (importance * codes**2).sum(axis=1)
-            best = np.minimum(best, (importance * x * x).sum(axis=1) - products**2 / squares)
+    best = best_objectives(x, importance, np.linspace(4, 20, 2000), bits=4)
     found = objective(quantize_matrix(target, factor, pool=pool).errors, factor.hessian)
     assert found.sum() < 1.005 * best.sum()
     assert (found < 1.03 * best).all()

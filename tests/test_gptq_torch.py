@@ -18,25 +18,23 @@ pytest.importorskip("torch", reason="needs torch")
 import torch
 
 from checkpoints import random_weights, write_safetensors
-from closeness import ORACLE_TOLERANCE, relative_error
+from closeness import ORACLE_TOLERANCE
 from conftest import REPOSITORY
-from edgellama.backends.reference import ReferenceBackend
 from edgellama.cli import main
 from edgellama.config import LlamaConfig
 from edgellama.errors import ConvertError
 from edgellama.format import open_model
 from edgellama.quant import ZERO_POINT, dequantize, unpack_int4
 from edgellama_convert import convert
-from edgellama_convert.checkpoint import Checkpoint
 from edgellama_convert.comparison import compare
-from edgellama_convert.gptq import CalibratedLayers, driver, solve, torch_layer, torch_solve
+from edgellama_convert.gptq import CalibratedLayers, solve, torch_layer, torch_solve
 from edgellama_convert.gptq.arithmetic import NumpyArithmetic, arithmetic_on
 from edgellama_convert.gptq.kernels import quantize_group
 from edgellama_convert.gptq.layer import Linear
 from edgellama_convert.gptq.solve import DAMPING
 from edgellama_convert.receipt import heldout_text
-from test_gptq import OPTIONS, PROSE, SMALL, SourceFile, interrupted, make_source, only, work_folder
-from test_gptq_solve import hessian_of, inputs, objective, weights
+from test_gptq import OPTIONS, PROSE, SMALL, check_streams, interrupted, make_source, only, work_folder
+from test_gptq_solve import best_objectives, hessian_of, inputs, objective, weights
 
 pytestmark = pytest.mark.torch
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
@@ -144,33 +142,7 @@ def test_attention_is_numpys(changes, scores, device, monkeypatch):
     ids=str,
 )
 def test_both_streams_are_the_reference_backends(changes, device, tmp_path, monkeypatch):
-    """What goes into the final norm: of the source's float weights, and of the file's."""
-    source = make_source(tmp_path / "source", **{"dtype": "float32", "num_hidden_layers": 2, **changes})
-    monkeypatch.setattr(driver, "_CHUNK_BYTES", 3 * 64 * 4 * 144)
-    ids, streams, run = [], {}, CalibratedLayers.run
-
-    def run_and_look(self):
-        discard = self._work.discard
-        self._work.discard = lambda pattern: None if pattern == "x-*" else discard(pattern)
-        run(self)
-        ids.append(self._ids)
-        with self._streams("x-00002", self._config.hidden_size) as (ours, quantized):
-            streams["source"], streams["quantized"] = (each.read(0, self._ids.size) for each in (ours, quantized))
-
-    monkeypatch.setattr(CalibratedLayers, "run", run_and_look)
-    out = tmp_path / "m.edgellama"
-    report = convert(source, out, method="gptq", calibration_tokens=6 * 64, receipt=False, device=device)
-    assert report.device == device
-    with open_model(out) as file, Checkpoint(source) as checkpoint:
-        for name, each in {"quantized": file, "source": SourceFile(file, checkpoint)}.items():
-            backend = ReferenceBackend(each, 64)
-            for row, sequence in zip(streams[name].reshape(6, 64, -1), ids[0], strict=True):
-                positions = np.arange(64)
-                want = backend.hidden(sequence, positions, 0 * positions, positions)
-                variance = np.mean(row * row, axis=-1, keepdims=True)
-                got = row / np.sqrt(variance + file.config.rms_norm_eps) * each.array("model.norm.weight")
-                assert relative_error(got, want) < ORACLE_TOLERANCE
-    assert relative_error(streams["quantized"], streams["source"]) > 10 * ORACLE_TOLERANCE
+    check_streams(changes, device, tmp_path, monkeypatch)
 
 
 # -- one matrix ----------------------------------------------------------------------------------------------------
@@ -258,12 +230,7 @@ def test_scales_of_4_bits_are_the_kernels(place):
 
 def test_scales_of_8_bits_come_near_the_best_there_are(place):
     x, importance = weights(16, 128, seed=3).astype(np.float64), np.exp(random(128)).astype(np.float64)
-    best = np.full(16, np.inf)
-    for end in np.linspace(100, 140, 2000):
-        for sign in (1, -1):
-            codes = np.clip(np.rint(x * (sign * end / np.abs(x).max(axis=1, keepdims=True))), -128, 127)
-            products, squares = (importance * codes * x).sum(axis=1), (importance * codes**2).sum(axis=1)
-            best = np.minimum(best, (importance * x * x).sum(axis=1) - products**2 / squares)
+    best = best_objectives(x, importance, np.linspace(100, 140, 2000), bits=8)
     scales = torch_solve.choose_scales(torch.from_numpy(x.T.astype(np.float32)).to(place),
                                        torch.from_numpy(importance.astype(np.float32)).to(place), 8)  # fmt: skip
     scales = scales.cpu().numpy().astype(np.float64)[:, None]

@@ -22,6 +22,7 @@ from edgellama_convert.export import export_hf
 from format_builder import Parts
 from format_files import CONFIG, write_file
 from mixed_files import CODE_BITS, units, write_mixed
+from test_cpu_backend import check_batches, run, tokens_of
 
 VOCAB = DEFAULTS["vocab_size"]
 BIASES = {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 6, "tie_word_embeddings": True}
@@ -48,15 +49,6 @@ def mixed(tmp_path_factory):
     yield get
     for file in opened.values():
         file.close()
-
-
-def tokens_of(n, seed=0):
-    return np.random.default_rng(seed).integers(0, VOCAB, n).astype(np.int32)
-
-
-def run(backend, tokens, start=0):
-    n = len(tokens)
-    return backend.forward(tokens, np.arange(start, start + n), np.zeros(n, np.int32), np.arange(n))
 
 
 # -- the format ----------------------------------------------------------------------------------------------------
@@ -198,17 +190,7 @@ def test_bits_do_not_depend_on_threads_chunks_or_calls(mixed, name, ceiling):
 
 
 def test_bits_do_not_depend_on_what_shares_the_batch(mixed):
-    file = mixed("every other")
-    sequences = [tokens_of(n, seed=n) for n in (50, 33)]
-    alone = [run(CpuBackend(file, 64, n_threads=1), tokens) for tokens in sequences]
-    order = sorted((position, slot) for slot, tokens in enumerate(sequences) for position in range(len(tokens)))
-    positions, slots = np.array(order).T
-    flat = np.array([sequences[slot][position] for position, slot in order], np.int32)
-    for chunk in (256, 16):
-        batch = CpuBackend(file, 64, n_slots=2, n_threads=2, prefill_chunk=chunk)
-        logits = batch.forward(flat, positions, slots, np.arange(len(flat)))
-        for slot, expected in enumerate(alone):
-            assert (logits[slots == slot] == expected).all()
+    check_batches(mixed("every other"), (50, 33), 64)
 
 
 @pytest.mark.parametrize("name", MIXES)

@@ -245,13 +245,22 @@ class Checkpoint:
             file.set_hash(tensor.name, hasher.digest())
             del self._hashers[tensor.name]
 
-    def read(self, tensor: SourceTensor) -> np.ndarray:
-        """A small tensor whole, as float32."""
-        raw = np.empty(tensor.shape, STORED[tensor.dtype])
-        self.read_rows(tensor, 0, raw)
-        values = np.empty(tensor.shape, np.float32)
+    def read(self, tensor: SourceTensor, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Rows first..last-1 of a tensor, by default a small one whole, as float32."""
+        shape = tensor.shape if last is None else (last - first, *tensor.shape[1:])
+        raw = np.empty(shape, STORED[tensor.dtype])
+        self.read_rows(tensor, first, raw)
+        values = np.empty(shape, np.float32)
         to_float32(raw, values)
         return values
+
+    def look_up(self, tensor: SourceTensor, ids: np.ndarray) -> np.ndarray:
+        """float32 [n, width]: rows of an embedding for int [n], each distinct one read once."""
+        distinct, places = np.unique(ids, return_inverse=True)
+        rows = np.empty((len(distinct), tensor.shape[1]), np.float32)
+        for i, row in enumerate(distinct.tolist()):
+            rows[i] = self.read(tensor, row, row + 1)
+        return rows[places]
 
     def close(self) -> None:
         for file in self.files.values():

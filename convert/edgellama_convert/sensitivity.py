@@ -24,8 +24,8 @@ from edgellama.format.schema import UNITS
 from edgellama.quant import ROW_BLOCK, dequantize, unpack_int4, unpack_scales
 from edgellama.sizing import layer_weights
 
-from .checkpoint import STORED, Checkpoint, SourceTensor, row_slabs, to_float32
-from .gptq.layer import LayerMath, Linear
+from .checkpoint import Checkpoint, SourceTensor, row_slabs
+from .gptq.layer import LayerMath, Linear, whole_sequences
 from .gptq.parts import each_part, threads
 from .gptq.solve import Factor, Moments, quantize_matrix
 from .gptq.work import Stream, WorkFolder
@@ -95,14 +95,13 @@ class _Pass:
         self._method, self._pool, self._on_weights = method, pool, on_weights
         self._math = LayerMath(config, ids.shape[1], pool)
         self._weights = layer_weights(config) // config.num_hidden_layers
-        widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim, config.hidden_size)
-        self._chunk = max(1, _CHUNK_BYTES // (4 * widest * ids.shape[1])) * ids.shape[1]
+        self._chunk = whole_sequences(config, ids.shape[1], _CHUNK_BYTES)
 
     def run(self) -> dict[str, float]:
         layers = self._config.num_hidden_layers
         gains = {}
         try:
-            x = self._embed()
+            x = self._checkpoint.look_up(self._checkpoint.tensors[EMBEDDING], self._ids.reshape(-1))
             for i in range(layers):
                 with self._stream(i) as inputs:
                     inputs.write(0, x)
@@ -120,14 +119,6 @@ class _Pass:
 
     def _chunks(self) -> Iterator[slice]:
         return (slice(*span) for span in row_slabs(self._ids.size, self._chunk))
-
-    def _embed(self) -> np.ndarray:
-        tensor = self._checkpoint.tensors[EMBEDDING]
-        distinct, places = np.unique(self._ids.reshape(-1), return_inverse=True)
-        rows = np.empty((len(distinct), tensor.shape[1]), np.float32)
-        for i, token in enumerate(distinct.tolist()):
-            rows[i] = self._read_rows(tensor, token, token + 1)
-        return rows[places]
 
     def _forward(self, i: int, x: np.ndarray) -> np.ndarray:
         layer, _ = self._layer(i)
@@ -217,7 +208,7 @@ class _Pass:
         out = np.zeros_like(x)
         if self._config.is_classifier:
             signs = np.random.default_rng(_SEED).choice(np.array([-1, 1], np.float32), (len(x), tensor.shape[0]))
-            out += signs @ self._read_rows(tensor, 0, tensor.shape[0])
+            out += signs @ self._checkpoint.read(tensor)
         else:
             drawn, log_total = self._draw(tensor, normed)
             for first, rows, logits in self._logits(tensor, normed):
@@ -257,12 +248,5 @@ class _Pass:
         """(first id, rows of the head, logits float32[tokens, rows]), a slab of ids at a time."""
         slab = max(ROW_BLOCK, _SLAB_BYTES // (4 * max(normed.shape)))
         for first, last in row_slabs(tensor.shape[0], slab):
-            rows = self._read_rows(tensor, first, last)
+            rows = self._checkpoint.read(tensor, first, last)
             yield first, rows, self._math.linear(Linear(rows), normed)
-
-    def _read_rows(self, tensor: SourceTensor, first: int, last: int) -> np.ndarray:
-        raw = np.empty((last - first, tensor.shape[1]), STORED[tensor.dtype])
-        self._checkpoint.read_rows(tensor, first, raw)
-        rows = np.empty(raw.shape, np.float32)
-        to_float32(raw, rows)
-        return rows

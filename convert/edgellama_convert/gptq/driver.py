@@ -21,12 +21,12 @@ from edgellama.format.schema import UNITS
 from edgellama.quant import dequantize, pack_int4, pack_int8, pack_scales, unpack_int4, unpack_int8, unpack_scales
 from edgellama.sizing import layer_weights
 
-from ..checkpoint import STORED, Checkpoint, SourceTensor, row_slabs, to_float32
+from ..checkpoint import Checkpoint, SourceTensor, row_slabs
 from ..names import EMBEDDING
 from ..pipeline import TensorError, bad_weight
 from ..quantizers import quantize
 from .arithmetic import Arithmetic, arithmetic_on
-from .layer import Array, Linear
+from .layer import Array, Linear, whole_sequences
 from .work import Stream, WorkFolder
 
 QKV, O, GATE_UP, DOWN = UNITS
@@ -75,9 +75,7 @@ class CalibratedLayers:
         self._checkpoint, self._config, self._ids, self._work = checkpoint, config, ids, work
         self._embedding_bits, self._n_threads, self._on_weights = embedding_bits, n_threads, on_weights
         self._int8_units, self._device = frozenset(int8_units), device
-        widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim, config.hidden_size)
-        sequences = max(1, _CHUNK_BYTES // (4 * widest * ids.shape[1]))
-        self._chunk = sequences * ids.shape[1]
+        self._chunk = whole_sequences(config, ids.shape[1], _CHUNK_BYTES)
 
     def run(self) -> None:
         """Do the layers that the work folder lacks."""
@@ -124,19 +122,9 @@ class CalibratedLayers:
         tokens = self._ids.reshape(-1)
         with self._streams("x-00000", self._config.hidden_size) as (source, quantized):
             for first, last in self._chunks():
-                rows = self._rows(tensor, tokens[first:last])
+                rows = self._checkpoint.look_up(tensor, tokens[first:last])
                 source.write(first, rows)
                 quantized.write(first, _as_stored(rows, self._embedding_bits))
-
-    def _rows(self, tensor: SourceTensor, tokens: np.ndarray) -> np.ndarray:
-        """float32 rows of the embedding, each distinct one read once."""
-        distinct, places = np.unique(tokens, return_inverse=True)
-        raw = np.empty((len(distinct), tensor.shape[1]), STORED[tensor.dtype])
-        for i, token in enumerate(distinct.tolist()):
-            self._checkpoint.read_rows(tensor, token, raw[i : i + 1])
-        rows = np.empty(raw.shape, np.float32)
-        to_float32(raw, rows)
-        return rows[places]
 
     @contextlib.contextmanager
     def _stream(self, name: str, width: int, math: Arithmetic | None) -> Iterator[Stream]:

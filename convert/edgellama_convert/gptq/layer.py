@@ -36,6 +36,12 @@ class Linear:
     bias: Array | None = None
 
 
+def whole_sequences(config: LlamaConfig, seq_len: int, nbytes: int) -> int:
+    """Tokens of as many sequences, at least one, as have a widest activation of up to `nbytes` in float32."""
+    widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim, config.hidden_size)
+    return max(1, nbytes // (4 * widest * seq_len)) * seq_len
+
+
 class LayerMath:
     """The parts of a layer that are the same in every layer. Sequences lie one after another in [tokens, ...]."""
 

@@ -328,7 +328,7 @@ def _few_states(p, head, split, first):
 
 
 @kernel
-def _attend_few(p, counter, layer, scratch):
+def _attend_few(p, counter, layer, bring, scratch):
     """Attention of a few tokens: a piece of work is one KV head and one split, of one sequence or of one token.
 
     Whoever does the last piece of a head merges its splits and resets their count.
@@ -339,7 +339,6 @@ def _attend_few(p, counter, layer, scratch):
         splits = max(splits, _splits_of(p, t))
     # Tokens of several sequences have nothing to share.
     size = min(p.piece_tokens, p.n_tokens) if _run(p, 0, p.n_tokens) == p.n_tokens else int64(1)
-    bring = bring_their_own(p)
     pieces = (p.n_tokens + size - 1) // size
     while True:
         work = fetch_add(counter, 1)
@@ -369,12 +368,13 @@ def _attend_few(p, counter, layer, scratch):
 
 
 @kernel
-def attend_all(p, counter, layer, scratch):
-    """Attention of all tokens, whose keys and values are in the cache, unless they `bring_their_own` there.
+def attend_all(p, counter, layer, bring, scratch):
+    """Attention of all tokens, whose keys and values are in the cache, unless they bring their own there.
 
-    `p` and `layer` are records of the plan, `counter` (zeroed) and `scratch` addresses.
+    `bring`: whether they do (`bring_their_own`). `p` and `layer` are records of the plan, `counter` (zeroed) and
+    `scratch` addresses.
     """
     if p.n_tokens <= FEW_TOKENS:
-        _attend_few(p, counter, layer, scratch)
+        _attend_few(p, counter, layer, bring, scratch)
     else:
         _attend_many(p, counter, layer, scratch)

@@ -52,7 +52,7 @@ def forward(plans, layers, packs, rank):
         if not bring:
             store_all(p, counter + 2 * work, layer, scratch)
             barrier(words, p.n_threads)
-        attend_all(p, counter + 3 * work, layer, scratch)
+        attend_all(p, counter + 3 * work, layer, bring, scratch)
         barrier(words, p.n_threads)
         pack = packs[pack_index(p, packs, p.n_tokens, rank)]
         pack_tokens(p, counter + 4 * work, pack, p.attention, p.attention_stride, 0, layer.o, scratch)
