@@ -23,6 +23,7 @@ from edgellama.format import has_tokenizer
 from edgellama.generate import AsyncStream, CancelToken, GenerateOptions, Generation, Stream
 from edgellama.generate.config import new_tokens, translate
 from edgellama.generate.engine import Batch, Engine
+from edgellama.generate.exiting import computing
 from edgellama.generate.prompts import Ids, Prompts, check_ids, read_prompts
 from edgellama.generate.replies import make_replies
 from edgellama.generate.request import Request, id_set, integer
@@ -105,7 +106,8 @@ def load(
             notes.append("the model does not fit into the GPU's free memory: running on the CPU")
         if device == "cpu" and not _kernels_are_compiled():
             notes.append("first run on this machine: compiling kernels, up to half a minute, once")
-        backend = devices.make_backend(device, file, n_ctx, n_slots, n_threads, kv_cache)
+        with computing(cancel):
+            backend = devices.make_backend(device, file, n_ctx, n_slots, n_threads, kv_cache)
         notes += getattr(backend, "notes", [])
         try:
             cancel.raise_if_cancelled()
@@ -342,7 +344,8 @@ class Llama:
                 slots.begin()
                 slot = slots.take(ids, reuse=False)
             assert slot is not None
-            logits = self._engine.extend(slot, ids, keep, cancel)
+            with computing(cancel):
+                logits = self._engine.extend(slot, ids, keep, cancel)
             slots.release(slot)
             self._cursor = slot
             return logits
@@ -616,7 +619,8 @@ class Llama:
         self._cursor = None
         self._engine.slots.begin()
         try:
-            yield self._engine
+            with computing(cancel):
+                yield self._engine
         finally:
             self._release()
 

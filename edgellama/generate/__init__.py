@@ -5,6 +5,7 @@
     cancel              the token that stops a call           stream     a call as it runs, piece by piece
     slots               who sits where in the cache           engine     passes that many replies share
     stops, logprobs     stop strings in pieces of text; log-probabilities with text
+    exiting             no thread computes while the process ends
 
 Knows a backend as numbers in, logits out. Does not know weights, devices or files, nor how a token is chosen.
 """

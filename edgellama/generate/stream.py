@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from edgellama.errors import CancelledError
 from edgellama.generate.cancel import CancelToken
+from edgellama.generate.exiting import computing
 from edgellama.generate.reply import Reply
 from edgellama.generate.results import FinishReason, Generation
 
@@ -54,7 +55,7 @@ class Call:
             try:
                 stepper = self._start(self)
                 try:
-                    while stepper.step():
+                    while self._step(stepper):
                         yield
                 finally:
                     stepper.close()
@@ -68,6 +69,10 @@ class Call:
         finally:
             if self._outer is not None:
                 self._outer.unlink(self.cancel.cancel)
+
+    def _step(self, stepper: Stepper) -> bool:
+        with computing(self.cancel):
+            return stepper.step()
 
     def run(self) -> list[Generation]:
         """All steps; an interrupt leaves the model free, whoever keeps its traceback."""
