@@ -28,7 +28,8 @@ if TYPE_CHECKING:
         FormatError,
         TokenizerError,
     )
-    from edgellama.generate import AsyncStream, CancelToken, Generation, Stream, Timings, TokenLogprob
+    from edgellama.generate import CancelToken, Generation, Stream, Timings, TokenLogprob
+    from edgellama.generate.async_stream import AsyncStream
     from edgellama.model import Llama, load
     from edgellama.past import SequenceCache
     from edgellama.pipelines import pipeline
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _HOME = {  # public name -> the module that defines it
     "load": "edgellama.model",
     "Llama": "edgellama.model",
-    "AsyncStream": "edgellama.generate",
+    "AsyncStream": "edgellama.generate.async_stream",
     "CancelToken": "edgellama.generate",
     "Generation": "edgellama.generate",
     "Stream": "edgellama.generate",

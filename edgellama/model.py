@@ -20,7 +20,7 @@ import numpy as np
 from edgellama import chat, devices, openai_shapes
 from edgellama.errors import ConfigError, ContextError, EdgellamaError, TokenizerError
 from edgellama.format import has_tokenizer
-from edgellama.generate import AsyncStream, CancelToken, GenerateOptions, Generation, Stream
+from edgellama.generate import CancelToken, GenerateOptions, Generation, Stream
 from edgellama.generate.config import new_tokens, translate
 from edgellama.generate.engine import Batch, Engine
 from edgellama.generate.exiting import computing
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from edgellama.config import LlamaConfig
     from edgellama.format import ModelFile
     from edgellama.forward import Hooks
+    from edgellama.generate.async_stream import AsyncStream
     from edgellama.outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
     from edgellama.past import SequenceCache
     from edgellama.scoring import Score
@@ -140,8 +141,7 @@ def _read_ahead(file: "ModelFile", free: int | None, cancel: CancelToken, progre
 def _kernels_are_compiled() -> bool:
     from edgellama.backends.cpu.code_cache import cache_folder
 
-    # One folder serves the converter's kernels, too: the forward pass is `program`.
-    return next(cache_folder().rglob("program.*.nbi"), None) is not None
+    return (cache_folder() / "program.forward.o").exists()
 
 
 class Llama:
@@ -478,8 +478,10 @@ class Llama:
 
     def astream(
         self, prompt: str | Ids, max_new_tokens: int | None = None, **options: Unpack[GenerateOptions]
-    ) -> AsyncStream:
+    ) -> "AsyncStream":
         """`generate(stream=True)` for `async for`: the work is done in a thread, the event loop stays free."""
+        from edgellama.generate.async_stream import AsyncStream
+
         return AsyncStream(lambda: self.generate(prompt, max_new_tokens, stream=True, **options))
 
     def close(self) -> None:

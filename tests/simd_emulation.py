@@ -8,15 +8,16 @@ blames the compiler or the vocabulary; one that fails both ways, the algorithm.
 from __future__ import annotations
 
 import ctypes
+import functools
 import types
 
 import numpy as np
 from numba.core.dispatcher import Dispatcher
 
-from edgellama.backends.cpu.attention import KERNELS
-from edgellama.backends.cpu.attention_loops import QUERIES, SPLIT
-from edgellama.backends.cpu.jit import Native
-from edgellama.backends.cpu.softmax import LARGEST, LOWEST
+from edgellama.backends.cpu import attention, cache_store
+from edgellama.backends.cpu.jit import Native, compiled
+from edgellama.backends.cpu.shapes import LARGEST, QUERIES, SPLIT
+from edgellama.backends.cpu.softmax import LOWEST
 from edgellama.backends.cpu.target import TARGET
 from edgellama_convert import scale_search
 from edgellama_convert.scale_search import ROUND
@@ -66,6 +67,9 @@ def _fma(x, y, z):
     """One rounding: products of float32 are exact in float64, and the sum's double rounding is rare."""
     return (x.astype(np.float64) * np.float64(y) + z.astype(np.float64)).astype(_f32)
 
+
+_NATIVES = (attention.pass_one, attention.pass_few, attention.pass_many, cache_store.store)
+"""In the order of `shapes.ATTENTION_KERNELS`: an address is an index."""
 
 VOCABULARY = {
     "load_f32": _loader(_f32, 1, _f32),
@@ -205,8 +209,8 @@ VOCABULARY |= {
     "fetch_add": _fetch_add,
     "atomic_store": _storer(np.int64, 1),
     # An interpreted kernel's address is its place among attention's kernels.
-    "call_pass": lambda address, *args: interpreted(list(KERNELS.values())[address])(*args),
-    "call_store": lambda address, *args: interpreted(list(KERNELS.values())[address])(*args),
+    "call_pass": lambda address, *args: interpreted(_NATIVES[address])(*args),
+    "call_store": lambda address, *args: interpreted(_NATIVES[address])(*args),
 }
 for _count, _queries in (("one", 1), ("few", QUERIES)):
     for _kind, _dtype in (("f16", np.float16), ("i8", np.int8)):
@@ -250,3 +254,12 @@ def interpret_scale_search(monkeypatch, caller) -> None:
     monkeypatch.setattr(scale_search, "fit_one", scale_fit(1))
     monkeypatch.setattr(scale_search, "fit_several", scale_fit(scale_search.TOGETHER))
     monkeypatch.setattr(caller, "choose_scales", scale_search.choose_scales.py_func)
+
+
+@functools.cache
+def callable_kernel(kernel: Dispatcher) -> Dispatcher:
+    """A kernel that Python may call; as it is, only other kernels may."""
+    return compiled(kernel.py_func)
+
+
+WAYS = {"compiled": callable_kernel, "interpreted": interpreted}

@@ -12,9 +12,10 @@ from numba import types
 from numba.core import cgutils
 
 from edgellama.backends.cpu import amx
-from edgellama.backends.cpu.jit import kernel
+from edgellama.backends.cpu.jit import compiled
+from edgellama.backends.cpu.shapes import AMX_TOKENS, STEP
 from edgellama.backends.cpu.simd import ADDRESS, I8, I32, I64, vector_intrinsic
-from edgellama.backends.cpu.tiles import ARGUMENTS, STEP
+from edgellama.backends.cpu.tiles import ARGUMENTS
 from test_cpu_matmul import ALL, NONE, SOME, Product
 
 LINES, LINE = 16, 64
@@ -69,7 +70,7 @@ def bits_and_kernel(request):
 
     tile = vector_intrinsic(types.void, *[ADDRESS] * ARGUMENTS)(emit_amx_tile)
 
-    @kernel
+    @compiled
     def run(a):
         tile(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13])
 
@@ -85,8 +86,8 @@ def bits_and_kernel(request):
 def test_the_same_bits_as_one_token_at_a_time(bits_and_kernel, shape, ceiling):
     bits, run = bits_and_kernel
     product = Product(bits, shape, 19, ceiling)
-    arrays = product.pack(amx.TOKENS, by_token=True)
-    out = np.zeros((2 * amx.TOKENS, product.n), np.float32)
+    arrays = product.pack(AMX_TOKENS, by_token=True)
+    out = np.zeros((2 * AMX_TOKENS, product.n), np.float32)
     add = np.random.default_rng(1).standard_normal((19, shape[0])).astype(np.float32)
     out[:19, : shape[0]] = add
     pack = [arrays[name].ctypes.data for name in ("codes", "highs", "masks", "scales", "sums")]

@@ -12,27 +12,26 @@ import numpy as np
 import pytest
 
 pytest.importorskip("numba")
-from edgellama.backends.cpu import attention, cache_store
-from edgellama.backends.cpu.attention_loops import SPLIT
-from edgellama.backends.cpu.jit import kernel
+from edgellama.backends.cpu import attention, cache_store, native, shapes
+from edgellama.backends.cpu.jit import compiled
 from edgellama.backends.cpu.plan import LAYER, PLAN
+from edgellama.backends.cpu.shapes import ATTENTION_KERNELS, SPLIT
 from edgellama.backends.cpu.target import TARGET
 from edgellama.kv_cache import KVCache, aligned_zeros
 from edgellama.quant import round_up
-from simd_emulation import interpreted
+from simd_emulation import WAYS, interpreted
 
-WAYS = {"compiled": lambda function: function, "interpreted": interpreted}
 both_ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 both_kinds = pytest.mark.parametrize("kind", ["float16", "int8"])
 EPS = 2.0**-24
 
 
-@kernel
+@compiled
 def compiled_store(plans, layers, counter, scratch):
     attention.store_all(plans[0], counter, layers[0], scratch)
 
 
-@kernel
+@compiled
 def compiled_attend(plans, layers, counter, scratch):
     attention.attend_all(plans[0], counter, layers[0], attention.bring_their_own(plans[0]), scratch)
 
@@ -63,10 +62,12 @@ class Layer:
         self._owned: list[np.ndarray] = []
         self.plan, self.layer = np.zeros(1, PLAN), np.zeros(1, LAYER)
         self._store, self._attend = compiled_store, compiled_attend
-        addresses = {name: native.address for name, native in attention.KERNELS.items()} if way == "compiled" else {}
+        addresses = (
+            {field: native.address(name) for field, name in ATTENTION_KERNELS.items()} if way == "compiled" else {}
+        )
         if way == "interpreted":
             self._store, self._attend = interpreted_store, interpreted_attend
-            addresses = {name: i for i, name in enumerate(attention.KERNELS)}
+            addresses = {name: i for i, name in enumerate(ATTENTION_KERNELS)}
         p = self.plan[0]
         for name, value in addresses.items():
             p[name] = value
@@ -81,15 +82,15 @@ class Layer:
         ):
             self.layer[0][name] = address
         end = 0
-        for name, nbytes in attention.scratch_parts(self.shared, head_dim, self.cache.value_stride).items():
+        for name, nbytes in shapes.scratch_parts(self.shared, head_dim, self.cache.value_stride).items():
             p[name] = end
             end += round_up(nbytes, 64)
         self.scratch_bytes = end
-        p["piece_tokens"] = attention.piece_tokens(self.shared)
+        p["piece_tokens"] = shapes.piece_tokens(self.shared)
         p["few_states"] = self._zeros(
-            attention.few_states_bytes(self.kv_heads, self.shared, n_ctx, self.cache.value_stride)
+            shapes.few_states_bytes(self.kv_heads, self.shared, n_ctx, self.cache.value_stride)
         )
-        p["splits_done"] = self._zeros(8 * attention.FEW_TOKENS * self.kv_heads)
+        p["splits_done"] = self._zeros(8 * shapes.FEW_TOKENS * self.kv_heads)
         if filled:
             self._fill()
 
@@ -133,7 +134,7 @@ class Layer:
         for scratch in scratches:
             scratch[:] = 0x5A  # what lies there before matters to nobody
         counters = np.zeros(2, np.int64)
-        alone = n <= attention.FEW_TOKENS and len(set(slots)) == n  # such bring their own
+        alone = n <= shapes.FEW_TOKENS and len(set(slots)) == n  # such bring their own
         if store and not alone:
             self._store(self.plan, self.layer, counters.ctypes.data, scratches[0].ctypes.data)
         arguments = self.plan, self.layer, counters.ctypes.data + 8

@@ -1,15 +1,23 @@
 """Compiled kernels on disk: found again, mended when damaged, not believed when others may write them (N1)."""
 
+import functools
 import importlib
+import math
 import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 pytest.importorskip("numba")
-from edgellama.backends.cpu import code_cache
-from edgellama.backends.cpu.jit import entry_point, prepare
+from numba import types
+
+from edgellama.backends.cpu import code_cache, native, numba_cache
+from edgellama.backends.cpu.jit import Native, entry_point
+from edgellama.backends.cpu.simd import load_i64, store_i64
 
 
 def triple(x):
@@ -43,7 +51,7 @@ def overwrite(path: Path, data: bytes) -> None:
 
 
 DAMAGES = {
-    "data cut": ("nbc", lambda path: overwrite(path, path.read_bytes()[:1000])),
+    "data cut": ("nbc", lambda path: overwrite(path, path.read_bytes()[: path.stat().st_size // 2])),
     "data cut to its digest": ("nbc", lambda path: overwrite(path, path.read_bytes()[:16])),
     "data empty": ("nbc", lambda path: overwrite(path, b"")),
     "data of another kind": ("nbc", lambda path: overwrite(path, b"\x80\x04N." * 100)),
@@ -90,16 +98,111 @@ def test_a_disk_that_is_full_is_done_without(folder, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(code_cache._CheckedFile, "_open_for_write", full)
+    monkeypatch.setattr(numba_cache._CheckedFile, "_open_for_write", full)
     assert not start()
     assert not start()
 
 
-def test_prepare_compiles_what_the_call_then_uses(folder):
-    kernel = entry_point(triple)
-    prepare(kernel, np.int64(1))
-    assert len(kernel.overloads) == 1
-    assert kernel(np.int64(2)) == 6 and len(kernel.overloads) == 1
+@Native
+def doubled(source, target):
+    store_i64(target, 2 * load_i64(source))
+
+
+@functools.partial(Native, result=types.int64)
+def total(a, b):
+    return a + b
+
+
+class Started:
+    """As a new process does: kernels by name, and which of them had to be compiled."""
+
+    def __init__(self, monkeypatch):
+        self.compiled = []
+        monkeypatch.setattr(native, "_addresses", {})
+        here = SimpleNamespace(doubled=doubled, total=total)
+        monkeypatch.setattr(native.importlib, "import_module", lambda *_: here)
+        compile_ = Native.compile
+        monkeypatch.setattr(Native, "compile", lambda kernel: (self.compiled.append(kernel.name), compile_(kernel))[1])
+
+    def __call__(self) -> list[str]:
+        native._addresses.clear()
+        self.compiled.clear()
+        x, y = np.array([21]), np.array([0])
+        assert native.function(doubled.name, 2)(x.ctypes.data, y.ctypes.data) == 0 and y[0] == 42
+        assert native.function(total.name, 2)(40, 2) == 42
+        assert native.address(total.name) == total.address
+        return [*self.compiled]
+
+
+@pytest.fixture
+def start_natives(folder, monkeypatch):
+    return Started(monkeypatch)
+
+
+def test_native_kernels_are_compiled_once(start_natives):
+    assert start_natives() == [doubled.name, total.name]
+    assert start_natives() == []
+
+
+@pytest.mark.parametrize(
+    "damage", ["data cut", "data cut to its digest", "data empty", "a bit of the code flipped", "data gone"]
+)
+def test_a_damaged_native_kernel_is_compiled_and_mended(start_natives, folder, damage):
+    start_natives()
+    DAMAGES[damage][1](folder / f"{total.name}.o")
+    assert start_natives() == [total.name]
+    assert start_natives() == []
+
+
+def test_native_kernels_without_a_place(start_natives, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(code_cache, "cache_folder", lambda: tmp_path / "file" / "kernels")
+    assert len(start_natives()) == 2
+    assert len(start_natives()) == 2
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_a_native_kernel(start_natives, folder, monkeypatch):
+    def full(path, data):
+        with path.open("wb") as f:
+            f.write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert len(start_natives()) == 2
+    assert list(folder.iterdir()) == []
+    assert len(start_natives()) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
+def test_native_kernels_that_others_may_write_are_not_run(start_natives, folder):
+    start_natives()
+    folder.chmod(0o777)
+    assert len(start_natives()) == 2
+    folder.chmod(0o700)
+    assert start_natives() == []
+
+
+def test_a_kernel_that_needs_more_than_the_c_library_is_refused():
+    def needs_numba(x):
+        math.gamma(x)
+
+    with pytest.raises(AssertionError, match="is not there without Numba"):
+        Native(needs_numba).compile()
+
+
+def test_a_warm_start_imports_no_compiler(tiny_model):
+    program = f"""
+import sys, edgellama
+with edgellama.load({str(tiny_model)!r}, n_threads=2) as llm:
+    print(llm.generate([1, 5, 9], max_new_tokens=4, temperature=0).token_ids, "numba" in sys.modules)
+"""
+    first, second = (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert second.endswith(" False\n")
+    assert first.split("]")[0] == second.split("]")[0]
 
 
 def test_another_packages_kernels_are_compiled_anew_when_any_of_its_sources_changes(tmp_path, monkeypatch):

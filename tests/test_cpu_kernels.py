@@ -7,12 +7,11 @@ import pytest
 
 pytest.importorskip("numba")
 from edgellama import quant
-from edgellama.backends.cpu import vector_ops
+from edgellama.backends.cpu import shapes, vector_ops
 from edgellama.backends.cpu.plan import MATRIX, PACK
 from edgellama.backends.cpu.target import TARGET
-from simd_emulation import VOCABULARY, interpreted
+from simd_emulation import VOCABULARY, WAYS
 
-WAYS = {"compiled": lambda kernel: kernel, "interpreted": interpreted}
 both_ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 # Sums of n float32 terms in another order differ by up to n * 2**-24 of the terms' sizes.
 EPS = 2.0**-24
@@ -112,10 +111,10 @@ def test_embed(way, bits):
 
 
 ACTIVATIONS = {
-    vector_ops.SILU: lambda v: v / (1 + np.exp(-v)),
-    vector_ops.GELU: lambda v: v * 0.5 * (1 + np.vectorize(math.erf)(v / math.sqrt(2))),
-    vector_ops.GELU_TANH: lambda v: 0.5 * v * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
-    vector_ops.RELU: lambda v: np.maximum(v, 0),
+    shapes.SILU: lambda v: v / (1 + np.exp(-v)),
+    shapes.GELU: lambda v: v * 0.5 * (1 + np.vectorize(math.erf)(v / math.sqrt(2))),
+    shapes.GELU_TANH: lambda v: 0.5 * v * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
+    shapes.RELU: lambda v: np.maximum(v, 0),
 }
 
 

@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("numba")
 from edgellama import quant
-from edgellama.backends.cpu import matmul
-from edgellama.backends.cpu.jit import kernel
+from edgellama.backends.cpu import matmul, native
+from edgellama.backends.cpu.jit import compiled
 from edgellama.backends.cpu.plan import MATRIX, PACK
-from edgellama.backends.cpu.tiles import BY_TOKEN, KERNELS, SIZES, STEP
+from edgellama.backends.cpu.shapes import BY_TOKEN, SIZES, STEP, TILE_KERNELS
 from edgellama.backends.cpu.vector_ops import finish_tile, pack_row, pack_row_f32
 from edgellama.kv_cache import aligned_zeros
 
@@ -23,7 +23,7 @@ ALL, SOME, NONE = 0.0, 3.0, 1e9
 """Ceilings with which nearly every value is an outlier (codes of 15 bits), some are, and none (8 bits)."""
 
 
-@kernel
+@compiled
 def run_pack(x, groups, ceiling, pack, tokens, finish):
     p = pack[0]
     for token in range(tokens):
@@ -35,7 +35,7 @@ def run_pack(x, groups, ceiling, pack, tokens, finish):
             finish_tile(groups, p, index)
 
 
-@kernel
+@compiled
 def run_multiply(counter, matrix, pack, n_tokens, out, stride, add):
     matmul.multiply(counter, 1, 0, matrix[0], pack[0], n_tokens, out, stride, add)
 
@@ -76,7 +76,7 @@ class Product:
         m["bits"], m["weights"], m["scales"] = self.bits, self.weights.ctypes.data, self.packed_scales.ctypes.data
         m["bias"], m["blocks"], m["groups"] = self.bias.ctypes.data if bias else 0, self.n // 16, self.k // 128
         m["inputs"] = -(-self.shape[1] // STEP) * STEP
-        m["kernel_one"], m["kernel_few"], m["kernel_many"] = (k.address for k in KERNELS[self.bits])
+        m["kernel_one"], m["kernel_few"], m["kernel_many"] = map(native.address, TILE_KERNELS[self.bits])
         return m
 
     def pack(self, tile: int, by_token: bool = False) -> dict[str, np.ndarray]:
@@ -195,7 +195,7 @@ def test_extreme_codes_do_not_saturate(bits, ceiling):
         product.check(product.run(0))
 
 
-@kernel
+@compiled
 def run_claim(counter, n_threads, rank, total, out):
     for i in range(len(out)):
         out[i, 0], out[i, 1] = matmul.claim(counter, n_threads, rank, total)

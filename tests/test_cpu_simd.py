@@ -5,33 +5,33 @@ import pytest
 
 pytest.importorskip("numba")
 from edgellama.backends.cpu import simd
-from edgellama.backends.cpu.jit import kernel
+from edgellama.backends.cpu.jit import compiled
 
 
-@kernel
+@compiled
 def run_exp(x, out, n):
     for i in range(0, n, 16):
         simd.vstore(out + 4 * i, simd.vexp(simd.vload(x + 4 * i)))
 
 
-@kernel
+@compiled
 def run_exp2(x, out, n):
     for i in range(0, n, 16):
         simd.vstore(out + 4 * i, simd.vexp2(simd.vload(x + 4 * i)))
 
 
-@kernel
+@compiled
 def run_folds(x):
     v = simd.vload(x)
     return simd.hsum(v), simd.hmax(v), simd.hsum_i32(simd.round_i32(v))
 
 
-@kernel
+@compiled
 def run_keep_below(x, n, out):
     simd.vstore(out, simd.keep_below(simd.vload(x), n))
 
 
-@kernel
+@compiled
 def run_f16(x, one, sixteen, n):
     for i in range(n):
         simd.store_f16(one + 2 * i, simd.load_f32(x + 4 * i))
@@ -77,7 +77,7 @@ def test_exp2_at_its_special_points():
     assert (exp2(np.array([-126.01, -1e4, -1e30, -np.inf] * 4)) == 0).all()
 
 
-@kernel
+@compiled
 def run_moves(x, square, half, byte, stride):
     simd.transpose(x, 80, square)
     simd.vscatter_f16(half, stride, simd.vload(x))
@@ -116,7 +116,7 @@ def test_float16_rounds_like_numpy_and_saturates():
     assert (one == expected).all() and (sixteen == expected).all()
 
 
-@kernel
+@compiled
 def run_from_f16(h, one, sixteen, n):
     for i in range(n):
         simd.store_f32(one + 4 * i, simd.load_f16(h + 2 * i))

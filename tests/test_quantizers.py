@@ -17,7 +17,7 @@ from edgellama.quant import (
 )
 from edgellama_convert import quantizers
 from edgellama_convert.quantizers import METHODS, quantize, quantize_blocks
-from simd_emulation import interpret_scale_search
+from simd_emulation import callable_kernel, interpret_scale_search
 
 PACK = {4: pack_int4, 8: pack_int8}
 UNPACK = {4: unpack_int4, 8: unpack_int8}
@@ -217,15 +217,16 @@ def test_the_kernel_is_right_before_it_is_compiled(bits, monkeypatch):
 
 def test_half_conversion_is_ieee():
     """Every float16 and its neighbourhood, both ways, against NumPy."""
+    from_half, to_half = callable_kernel(quantizers.from_half), callable_kernel(quantizers.to_half)
     halves = np.arange(0x7C00, dtype=np.uint16)
     values = halves.view(np.float16).astype(np.float32)
-    ours = np.array([quantizers.from_half(h) for h in halves[::7]], np.float32)
+    ours = np.array([from_half(h) for h in halves[::7]], np.float32)
     np.testing.assert_array_equal(ours, values[::7])
     between = ((values[:-1].astype(np.float64) + values[1:]) / 2).astype(np.float32)
     for probe in (values, between, np.nextafter(between, np.float32(0)), -np.nextafter(between, np.float32(1e9))):
         part = probe[::13]
         want = part.astype(np.float16).view(np.uint16)
-        np.testing.assert_array_equal(np.array([quantizers.to_half(x) for x in part], np.uint16), want)
+        np.testing.assert_array_equal(np.array([to_half(x) for x in part], np.uint16), want)
     for x in (65519.0, 65520.0, 1e30):
         with np.errstate(over="ignore"):
-            assert quantizers.to_half(np.float32(x)) == np.float32(x).astype(np.float16).view(np.uint16)
+            assert to_half(np.float32(x)) == np.float32(x).astype(np.float16).view(np.uint16)

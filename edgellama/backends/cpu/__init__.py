@@ -12,11 +12,10 @@ from ...kv_cache import KVCache
 from ...quant import round_up
 from ...rope import cos_sin
 from .. import check_batch, check_slots
-from .jit import prepare
+from . import native
 from .layerwise import CpuLayerPass
 from .plan import BARRIER, CANCEL, Plan
-from .program import forward
-from .sync import LINE
+from .shapes import LINE
 from .team import Team
 from .threads import default_threads
 
@@ -136,9 +135,8 @@ class CpuBackend:
         Before the team starts, so that Ctrl-C ends it at once.
         """
         if not self._prepared:
-            plan = self._plan
-            plan.link()
-            prepare(forward, plan.record, plan.layers, plan.packs, 0)
+            self._plan.link()
+            self._forward_program = native.function("program.forward", 4)
             self._prepared = True
 
     def _load(self, tokens, positions, slots, rows, lengths) -> None:
@@ -204,7 +202,9 @@ class CpuBackend:
             raise CancelledError("the forward pass was cancelled; what was computed before stays in the cache")
 
     def _program(self, rank: int) -> bool:
-        return forward(self._plan.record, self._layers, self._plan.packs, rank)
+        plan = self._plan
+        tables = plan.record.ctypes.data, self._layers.ctypes.data, plan.packs.ctypes.data
+        return self._forward_program(*tables, rank) == 1
 
     def _must_join(self) -> bool:
         """After an interrupt: True if nobody has passed a barrier, which takes all. The pass is to end soon."""

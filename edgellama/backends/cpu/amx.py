@@ -15,6 +15,7 @@ from typing import NamedTuple
 from llvmlite import ir
 from numba.core import cgutils
 
+from .shapes import AMX_TOKENS
 from .simd import (
     I8,
     I64,
@@ -32,8 +33,6 @@ from .simd import (
     emit_store,
 )
 
-TOKENS = 16
-"""Of a tile: the rows of a tile register."""
 GROUPS = 6
 """Groups of 128 inputs that are unpacked at a time, at most."""
 BLOCKS = 2
@@ -60,7 +59,7 @@ class _Pair(NamedTuple):
 
 
 def integers(bits: int):
-    """What emits the kernel for weights of `bits` bits and TOKENS tokens; the arguments are those of `tiles`."""
+    """What emits the kernel for weights of `bits` bits and AMX_TOKENS tokens; the arguments are those of `tiles`."""
     group_bytes = 256 * bits
 
     def tile(b, weights, scales, bias, codes, highs, masks, x_scales, _x_sums, inputs, out, out_stride, add, blocks,
@@ -90,12 +89,12 @@ def integers(bits: int):
                     codes=emit_offset(b, codes, (x_at, _GROUP_BYTES)),
                     highs=emit_offset(b, highs, (x_at, _GROUP_BYTES)),
                     masks=emit_offset(b, masks, (x_at, 8)),
-                    x_scales=emit_offset(b, x_scales, (x_at, 4 * TOKENS)),
+                    x_scales=emit_offset(b, x_scales, (x_at, 4 * AMX_TOKENS)),
                     totals=emit_offset(b, totals, (column.index, BLOCKS * _TILE_BYTES), (row.index, _TILE_BYTES)),
                     bias=b.select(b.icmp_signed("!=", bias, I64(0)), emit_offset(b, bias, (block, 64)), I64(0)),
-                    out=emit_offset(b, out, b.mul(b.mul(token_tile, I64(TOKENS)), out_stride), (block, 64)),
+                    out=emit_offset(b, out, b.mul(b.mul(token_tile, I64(AMX_TOKENS)), out_stride), (block, 64)),
                 )
-                cells = [cgutils.alloca_once(b, V_F32) for _ in range(TOKENS)]
+                cells = [cgutils.alloca_once(b, V_F32) for _ in range(AMX_TOKENS)]
                 _emit_begin(b, pair, cells, b.icmp_signed("==", g, I64(0)))
                 left = b.sub(inputs, b.mul(g, I64(128)))
                 # The unit hands its sums over in memory, which takes a while: they are added one group later.
@@ -200,7 +199,7 @@ def _emit_add(b, pair: _Pair, sums, g: int, cells) -> None:
             if with_high:
                 high = emit_load(b, emit_offset(b, sums, _TILE_BYTES + 64 * t), V_I32, 64)
                 exact = b.add(b.shl(high, ir.Constant(V_I32, [LOW_BITS] * 16)), exact)
-            x_scale = emit_broadcast_f32(b, emit_offset(b, pair.x_scales, 4 * TOKENS * g + 4 * t))
+            x_scale = emit_broadcast_f32(b, emit_offset(b, pair.x_scales, 4 * AMX_TOKENS * g + 4 * t))
             b.store(emit_fma(b, b.sitofp(exact, V_F32), b.fmul(scale, x_scale), b.load(cell)), cell)
 
     with b.if_else(_has_outliers(b, pair, g), likely=False) as (outliers, none):
@@ -232,7 +231,7 @@ def _emit_end(b, pair: _Pair, cells, is_last, out_stride, add) -> None:
                 extra = emit_load(b, pair.bias, V_F32, 4)
                 for cell in cells:
                     b.store(b.fadd(b.load(cell), extra), cell)
-            lines = [emit_offset(b, pair.out, (out_stride, t)) for t in range(TOKENS)]
+            lines = [emit_offset(b, pair.out, (out_stride, t)) for t in range(AMX_TOKENS)]
             with b.if_then(b.icmp_signed("!=", add, I64(0))):
                 for cell, line in zip(cells, lines, strict=True):
                     b.store(b.fadd(b.load(cell), emit_load(b, line, V_F32, 4)), cell)
@@ -240,4 +239,4 @@ def _emit_end(b, pair: _Pair, cells, is_last, out_stride, add) -> None:
                 emit_store(b, b.load(cell), line, 4)
 
 
-__all__ = ["TOKENS", "integers"]
+__all__ = ["AMX_TOKENS", "integers"]

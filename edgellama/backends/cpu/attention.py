@@ -11,10 +11,7 @@ from __future__ import annotations
 from numba import int64, types
 
 from ...kv_cache import BLOCK
-from ...quant import round_up
 from .attention_loops import (
-    QUERIES,
-    SPLIT,
     mix_few_f16,
     mix_few_i8,
     mix_many,
@@ -28,41 +25,12 @@ from .attention_loops import (
     widen_f16,
     widen_i8,
 )
-from .cache_store import LINE_POSITIONS, rotate, store, store_scratch_bytes
+from .cache_store import rotate
 from .jit import Native, kernel
+from .shapes import FEW_TOKENS, LINE_POSITIONS, OUTPUT, QUERIES, SPLIT
 from .simd import ADDRESS, emit_native_call, load_i64, store_i64, vector_intrinsic
-from .softmax import OUTPUT, finish, merge, state_bytes, state_bytes_of, weigh
+from .softmax import finish, merge, state_bytes_of, weigh
 from .sync import atomic_store, fetch_add
-
-MOST_QUERIES = 64
-"""Queries that go through the cache together: the more, the less often it is widened; their scores stay in cache."""
-FEW_TOKENS = 8
-"""Up to so many tokens, each split of each head is a piece of work of its own."""
-
-
-def piece_tokens(shared: int) -> int:
-    """Tokens of a piece of work, if `shared` queries of a token share a KV head."""
-    return max(1, MOST_QUERIES // shared)
-
-
-def scratch_parts(shared: int, head_dim: int, value_stride: int) -> dict[str, int]:
-    """Bytes that a thread needs, by plan field; they lie in this order."""
-    room = round_up(piece_tokens(shared) * shared, QUERIES)
-    states = room * state_bytes(value_stride)
-    block = max(4 * BLOCK * value_stride, store_scratch_bytes(value_stride))
-    return {
-        "lengths": 8 * room,
-        "queries": round_up(4 * room * head_dim, 64),
-        "states": states,
-        "split_states": states,
-        "pass_scratch": 4 * room * SPLIT + block,
-    }
-
-
-def few_states_bytes(n_kv_heads: int, shared: int, n_ctx: int, value_stride: int) -> int:
-    """Bytes of the states of all splits of FEW_TOKENS tokens: see `_few_states`."""
-    splits = -(-n_ctx // SPLIT)
-    return splits * n_kv_heads * FEW_TOKENS * round_up(shared, QUERIES) * state_bytes(value_stride)
 
 
 @kernel
@@ -152,10 +120,6 @@ def pass_many(q, n, lengths, start, keys, values, key_scales, value_scales, kv_b
             if end > 0:
                 weights = scratch + 4 * (i * SPLIT + first)
                 mix_many(weights, block, value_stride, end, states + i * stride + OUTPUT, stride)
-
-
-KERNELS = {"pass_one": pass_one, "pass_few": pass_few, "pass_many": pass_many, "store": store}
-"""What is called by address, by field of the plan."""
 
 
 @vector_intrinsic(types.void, *[ADDRESS] * 14)

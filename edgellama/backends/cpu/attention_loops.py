@@ -13,6 +13,7 @@ from collections.abc import Callable
 from numba import types
 from numba.core import cgutils
 
+from .shapes import QUERIES, SPLIT
 from .simd import (
     ADDRESS,
     I64,
@@ -29,10 +30,6 @@ from .simd import (
 )
 from .target import TARGET
 
-SPLIT = 256
-"""Positions whose scores lie side by side, and whose softmax is one; whole blocks."""
-QUERIES = 4
-"""How many queries share one loop over widened keys and values."""
 ROWS = 32
 """Rows of values of the cache that all columns go through before the next ones. So memory sees one stream, as it does
 with scores of one line at a time, and the processor's own prefetcher does best; asking for lines ahead, or several

@@ -11,7 +11,8 @@ import time
 import numpy as np
 
 from ...kv_cache import aligned_zeros
-from .jit import entry_point
+from . import native
+from .jit import Native
 from .simd import splat, vload, vmax, vstore
 from .sync import fetch_add
 from .team import Team
@@ -20,7 +21,7 @@ CHUNK = 1 << 20
 PASSES = 5
 
 
-@entry_point
+@Native
 def stream(buffer, nbytes, counter, out):
     """Read `nbytes` (whole chunks) from `buffer` (addresses), a chunk at a time; `out`: a place for one vector."""
     a, b, c, d = splat(np.float32(0)), splat(np.float32(0)), splat(np.float32(0)), splat(np.float32(0))
@@ -41,12 +42,13 @@ class Bandwidth:
 
     def __init__(self, n_threads: int, nbytes: int = 256 << 20):
         self._team = Team(n_threads)
+        self._stream = native.function(stream.name, 4)
         self._buffer = aligned_zeros(nbytes // CHUNK * CHUNK)
         self._buffer[:] = 1  # resident: reading untouched zero pages would read one page from a cache
         self._out, self._counter = aligned_zeros(64 * n_threads), np.zeros(8, np.int64)
         self.samples: list[float] = []
         self.measure()
-        self.samples.clear()  # that one compiled
+        self.samples.clear()  # that one woke the threads
 
     def measure(self) -> float:
         """Bytes a second of the fastest of a few passes in a row; also appended to `samples`.
@@ -60,7 +62,7 @@ class Bandwidth:
         self._counter[0] = 0
         buffer, counter, out = (a.ctypes.data for a in (self._buffer, self._counter, self._out))
         started = time.perf_counter()
-        self._team.run(lambda rank: stream(buffer, self._buffer.nbytes, counter, out + 64 * rank))
+        self._team.run(lambda rank: self._stream(buffer, self._buffer.nbytes, counter, out + 64 * rank))
         return self._buffer.nbytes / (time.perf_counter() - started)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from numba import float32, int64
 
 from .jit import Native, kernel
+from .shapes import LINE_POSITIONS
 from .simd import (
     hmax,
     load_f32,
@@ -30,14 +31,6 @@ from .simd import (
     vstore_i8,
     vsub,
 )
-
-LINE_POSITIONS = 16
-"""Neighbouring positions of keys that lie together."""
-
-
-def store_scratch_bytes(value_stride: int) -> int:
-    """What `store` needs for itself: 16 rows, a transposed square, 16 factors."""
-    return LINE_POSITIONS * 4 * value_stride + 1024 + 64
 
 
 @kernel

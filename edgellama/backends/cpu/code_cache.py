@@ -1,11 +1,9 @@
 """Where compiled kernels are kept on disk, and how far they are believed.
 
 Under the user's cache folder (`EDGELLAMA_HOME` moves it), in a folder named after a hash of the kernels' sources, of
-the versions of Python, Numba and LLVM, and of the target: Numba's own index notices a change in the file of a kernel,
-but not in a helper that was compiled into it. Another package's kernels have a folder in there, named after its own
-sources. A damaged entry is compiled and written anew; a folder that belongs to someone else, or that others may write
-to, is not used, because cached code is code. Numba's bookkeeping is reused (`numba.core.caching`); only what it lets
-through is changed here.
+the versions of Python, Numba and LLVM, and of the target. Another package's kernels have a folder in there, named after
+its own sources. Machine code lies behind a digest: what is damaged is compiled and written anew. A folder that belongs
+to someone else, or that others may write to, is not used, because cached code is code. Does not know what wrote it.
 """
 
 from __future__ import annotations
@@ -14,20 +12,14 @@ import contextlib
 import functools
 import hashlib
 import os
-import pickle
 import sys
-from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numba
 import platformdirs
 import xxhash
-from numba.core import config
-from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 
-from .target import TARGET
+from .target import TARGET, host
 
 _DIGEST_BYTES = 16
 
@@ -37,7 +29,8 @@ def cache_folder() -> Path:
     """Where compiled kernels of exactly these sources and versions go."""
     home = os.environ.get("EDGELLAMA_HOME")
     base = Path(home) / "cache" if home else platformdirs.user_cache_path("edgellama", appauthor=False)
-    state = hashlib.sha256(f"{sys.version}|{numba.__version__}|{version('llvmlite')}|{TARGET}".encode())
+    versions = f"{sys.version}|{version('numba')}|{version('llvmlite')}"
+    state = hashlib.sha256(f"{versions}|{TARGET}|{host()}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         state.update(source.read_bytes())
     return base / "kernels" / state.hexdigest()[:16]
@@ -55,18 +48,11 @@ def _sources_of(package: str) -> str:
     return f"{package}-{state.hexdigest()[:16]}"
 
 
-def new_cache(function: Callable) -> Any:
-    """A cache for one kernel; one that keeps nothing where there is no place (a frozen app without source files, a
-    folder that cannot be written or is not ours)."""
-    try:
-        folder = cache_folder() / _sources_of(function.__module__.split(".", 1)[0])
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_ours(folder):
-            return NullCache()
-        with _numba_caches_in(folder):
-            return _KernelCache(function)
-    except (RuntimeError, OSError):  # RuntimeError is Numba's "no locator available"
-        return NullCache()
+def trusted_folder(package: str = "") -> Path | None:
+    """The folder for the kernels of a package, made if need be; None if nobody may rely on it. Raises OSError."""
+    folder = cache_folder() / _sources_of(package)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder if _is_ours(folder) else None
 
 
 def _is_ours(folder: Path) -> bool:
@@ -77,54 +63,37 @@ def _is_ours(folder: Path) -> bool:
     return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
-@contextlib.contextmanager
-def _numba_caches_in(folder: Path) -> Iterator[None]:
-    """Numba reads its setting when a cache is made; ours alone must move, not other packages'."""
-    name = "CACHE_DIR"
-    before = getattr(config, name)
-    setattr(config, name, str(folder))
+def seal(data: bytes) -> bytes:
+    """`data` behind its digest: a flipped bit must not be run."""
+    return xxhash.xxh3_128_digest(data) + data
+
+
+def unseal(raw: bytes) -> bytes:
+    """What was sealed; ValueError if it is not as it was."""
+    digest, data = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
+    if xxhash.xxh3_128_digest(data) != digest:
+        raise ValueError("damaged")
+    return data
+
+
+def read(name: str) -> bytes | None:
+    """What `write` kept under this name; None if there is nothing to rely on."""
     try:
-        yield
-    finally:
-        setattr(config, name, before)
+        folder = trusted_folder()
+        return None if folder is None else unseal((folder / name).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
-class _CheckedFile(IndexDataCacheFile):
-    """Numba's cache file, with a digest before the machine code: a flipped bit must not be run."""
-
-    def _save_data(self, name: str, data: Any) -> None:
-        dumped = self._dump(data)
-        with self._open_for_write(self._data_path(name)) as f:
-            f.write(xxhash.xxh3_128_digest(dumped))
-            f.write(dumped)
-
-    def _load_data(self, name: str) -> Any:
-        raw = Path(self._data_path(name)).read_bytes()
-        if xxhash.xxh3_128_digest(raw[_DIGEST_BYTES:]) != raw[:_DIGEST_BYTES]:
-            raise ValueError(f"{name} is damaged")
-        return pickle.loads(raw[_DIGEST_BYTES:])
-
-    def _load_index(self) -> dict:
+def write(name: str, data: bytes) -> None:
+    """Keep `data`, if there is a place for it; whoever reads meanwhile sees the old or the new."""
+    with contextlib.suppress(OSError):
+        folder = trusted_folder()
+        if folder is None:
+            return
+        temporary = folder / f"{name}.{os.getpid()}.tmp"
         try:
-            return super()._load_index()
-        except Exception:  # a damaged pickle can raise anything
-            return {}
-
-
-class _KernelCache(FunctionCache):
-    """Numba's cache of one function, which never fails: what cannot be read is compiled, what cannot be saved, not."""
-
-    def __init__(self, function: Callable):
-        super().__init__(function)
-        locator = self._impl.locator
-        self._cache_file = _CheckedFile(self._cache_path, self._impl.filename_base, locator.get_source_stamp())
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception:
-            return None
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        with contextlib.suppress(Exception):
-            super().save_overload(sig, data)
+            temporary.write_bytes(seal(data))
+            temporary.replace(folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)

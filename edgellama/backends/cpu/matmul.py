@@ -17,12 +17,10 @@ from __future__ import annotations
 from numba import types
 
 from .jit import kernel
+from .shapes import FEW, LINE, ONE
 from .simd import ADDRESS, emit_native_call, vector_intrinsic
-from .sync import LINE, atomic_load, fetch_add
+from .sync import atomic_load, fetch_add
 from .tiles import ARGUMENTS
-
-ONE, FEW, MANY = 0, 1, 2
-"""The sizes of a pack's tiles: see `tiles.SIZES`."""
 
 L2_CHUNK = 256 * 1024
 """Bytes of weights that stay in the second-level cache while the token tiles stream over them."""

@@ -14,10 +14,8 @@ from ...config import LlamaConfig
 from ...format import ModelFile
 from ...kv_cache import KVCache, aligned_zeros
 from ...quant import padded_shape, round_up
-from . import attention, vector_ops
-from .matmul import FEW, MANY, ONE
-from .sync import LINE
-from .tiles import BY_TOKEN, KERNELS, SIZES, STEP
+from . import native, shapes
+from .shapes import BY_TOKEN, FEW, LINE, MANY, ONE, SIZES
 
 
 def _record(**fields):
@@ -44,7 +42,7 @@ PLAN = _record(
     **_int64s("hidden_size intermediate_size n_layers n_heads n_kv_heads head_dim activation n_threads"),
     **_int64s("kv_bytes value_stride key_head_bytes value_head_bytes key_slot_bytes value_slot_bytes"),
     **_int64s("scale_head_bytes scale_slot_bytes"),
-    **_int64s(" ".join(attention.KERNELS)),
+    **_int64s(" ".join(shapes.ATTENTION_KERNELS)),
     **_int64s("x x_stride qkv qkv_stride k_column v_column attention attention_stride mlp mlp_stride"),
     **_int64s("scratch scratch_stride normed up lengths queries states split_states pass_scratch control final_norm"),
     **_int64s("piece_tokens few_states splits_done"),
@@ -68,12 +66,12 @@ UP_BLOCKS = 4
 """The row blocks of gate and up where the tokens are many."""
 
 _ACTIVATIONS = {
-    "silu": vector_ops.SILU,
-    "gelu": vector_ops.GELU,
-    "gelu_pytorch_tanh": vector_ops.GELU_TANH,
-    "relu": vector_ops.RELU,
+    "silu": shapes.SILU,
+    "gelu": shapes.GELU,
+    "gelu_pytorch_tanh": shapes.GELU_TANH,
+    "relu": shapes.RELU,
 }
-_BITS = {"int4.g128": 4, "int8.g128": 8, "f16.r16": 16, "f16": vector_ops.ROW_MAJOR_F16}
+_BITS = {"int4.g128": 4, "int8.g128": 8, "f16.r16": 16, "f16": shapes.ROW_MAJOR_F16}
 
 
 class Plan:
@@ -125,21 +123,21 @@ class Plan:
         n, k = padded_shape(*entry.shape)
         scales = file.address(f"{name}.scales") if quantized else 0
         bias = self._vector(f"{name}.bias", n) if f"{name}.bias" in file.tensors else 0
-        inputs = round_up(entry.shape[1], STEP)
+        inputs = round_up(entry.shape[1], shapes.STEP)
         return _BITS[entry.layout], file.address(entry.name), scales, bias, n // 16, k // 128, inputs, 0, 0, 0, ceiling
 
     def link(self) -> None:
         """Put the addresses of tile and attention kernels into the records; compiles those that are needed."""
-        for field, native in attention.KERNELS.items():
-            self.record[field] = native.address
+        for field, name in shapes.ATTENTION_KERNELS.items():
+            self.record[field] = native.address(name)
         matrices = [self.layers[name] for name in _LAYER_MATRICES] + [self.record["head"]]
         for records in matrices:
             for record in records:
-                one, few, many = KERNELS[int(record["bits"])]
+                one, few, many = shapes.TILE_KERNELS[int(record["bits"])]
                 if SIZES[FEW] == SIZES[MANY]:
                     few = many
-                record["kernel_one"], record["kernel_few"] = one.address, few.address
-                record["kernel_many"] = many.address
+                record["kernel_one"], record["kernel_few"] = native.address(one), native.address(few)
+                record["kernel_many"] = native.address(many)
 
     def _vector(self, name: str, length: int) -> int:
         """The address of a float32 vector of the file, copied and padded with zeros to `length`."""
@@ -183,15 +181,15 @@ class Plan:
         p["up"] = int(p["normed"]) + 4 * hidden
         end = int(p["up"]) + 64 * max(UP_CELLS, UP_BLOCKS * tokens)
         shared = config.num_attention_heads // config.num_key_value_heads
-        for name, nbytes in attention.scratch_parts(shared, config.head_dim, cache.value_stride).items():
+        for name, nbytes in shapes.scratch_parts(shared, config.head_dim, cache.value_stride).items():
             p[name] = end = round_up(end, LINE)
             end += nbytes
         p["scratch_stride"] = round_up(end, LINE)
         p["scratch"] = self.zeros(n_threads * int(p["scratch_stride"]))
-        p["piece_tokens"] = attention.piece_tokens(shared)
-        few_states = attention.few_states_bytes(config.num_key_value_heads, shared, cache.n_ctx, cache.value_stride)
+        p["piece_tokens"] = shapes.piece_tokens(shared)
+        few_states = shapes.few_states_bytes(config.num_key_value_heads, shared, cache.n_ctx, cache.value_stride)
         p["few_states"] = self.zeros(few_states)
-        p["splits_done"] = self.zeros(8 * attention.FEW_TOKENS * config.num_key_value_heads)
+        p["splits_done"] = self.zeros(8 * shapes.FEW_TOKENS * config.num_key_value_heads)
 
         head_is_f16 = int(p["head"]["bits"]) == 16
         # Packs of both sizes of tile are never in use at once: they share the buffers.

@@ -8,25 +8,43 @@ which is cheaper than waiting; several are shared out. Nothing here knows how a 
 
 from __future__ import annotations
 
-from numba import int64
+import functools
+
+from numba import int64, types
 
 from .attention import attend_all, bring_their_own, store_all
-from .jit import entry_point, kernel
+from .jit import Native, kernel
 from .matmul import claim, multiply, multiply_blocks, multiply_three
-from .plan import BARRIER, CANCEL, COUNTERS, DECISION, UP_BLOCKS, UP_CELLS, WORK_PER_CALL, WORK_PER_LAYER
-from .simd import load_i32
-from .sync import LINE, atomic_load, atomic_store, barrier, fetch_add
+from .plan import (
+    BARRIER,
+    CANCEL,
+    COUNTERS,
+    DECISION,
+    LAYER,
+    PACK,
+    PLAN,
+    UP_BLOCKS,
+    UP_CELLS,
+    WORK_PER_CALL,
+    WORK_PER_LAYER,
+)
+from .shapes import LINE
+from .simd import load_i32, record_at
+from .sync import atomic_load, atomic_store, barrier, fetch_add
 from .vector_ops import embed, finish_tile, gate, pack_row, pack_row_f32, rms_norm
 
+_plan_at, _layer_at, _pack_at = record_at(PLAN), record_at(LAYER), record_at(PACK)
+_LAYER_BYTES, _PACK_BYTES = LAYER.itemsize, PACK.itemsize
 
-@entry_point
-def forward(plans, layers, packs, rank):
-    """Tokens in, logits (or hidden states) of the wanted rows out; False if cancelled.
 
-    plans: PLAN[1], layers: LAYER[n_layers], packs: PACK[n_threads + 2]; see `plan`. Rank 0 is back when nobody reads
-    the tables any more, but for DECISION where the result is False.
+@functools.partial(Native, result=types.int64)
+def forward(plan, layers, packs, rank):
+    """Tokens in, logits (or hidden states) of the wanted rows out; 0 if cancelled, or else 1.
+
+    Addresses of PLAN, LAYER[n_layers], PACK[n_threads + 2]; see `plan`. Rank 0 is back when nobody reads the tables
+    any more, but for DECISION where the result is 0.
     """
-    p = plans[0]
+    p = _plan_at(plan)
     bring = bring_their_own(p)
     scratch = p.scratch + rank * p.scratch_stride
     words = p.control + BARRIER * LINE
@@ -40,10 +58,10 @@ def forward(plans, layers, packs, rank):
     embed_tokens(p, for_call)
     barrier(words, p.n_threads)
     for i in range(n_layers):
-        layer = layers[i]
+        layer = _layer_at(layers + i * _LAYER_BYTES)
 
         # Attention: x += o_proj(attention(rope(q), rope(k), v)) with q, k, v from the normalized x.
-        pack = packs[pack_index(p, packs, p.n_tokens, rank)]
+        pack = pack_for(p, packs, p.n_tokens, rank)
         pack_tokens(p, counter, pack, p.x, p.x_stride, layer.input_norm, layer.q, scratch)
         multiply_three(counter + work, p.n_threads, rank, layer.q, layer.k, layer.v, pack, p.n_tokens,
                        p.qkv, p.qkv + p.k_column, p.qkv + p.v_column, p.qkv_stride)  # fmt: skip
@@ -54,13 +72,13 @@ def forward(plans, layers, packs, rank):
             barrier(words, p.n_threads)
         attend_all(p, counter + 3 * work, layer, bring, scratch)
         barrier(words, p.n_threads)
-        pack = packs[pack_index(p, packs, p.n_tokens, rank)]
+        pack = pack_for(p, packs, p.n_tokens, rank)
         pack_tokens(p, counter + 4 * work, pack, p.attention, p.attention_stride, 0, layer.o, scratch)
         multiply(counter + 5 * work, p.n_threads, rank, layer.o, pack, p.n_tokens, p.x, p.x_stride, 1)
         barrier(words, p.n_threads)
 
         # MLP: x += down_proj(act(gate_proj(x)) * up_proj(x)) with the normalized x.
-        pack = packs[pack_index(p, packs, p.n_tokens, rank)]
+        pack = pack_for(p, packs, p.n_tokens, rank)
         pack_tokens(p, counter + 6 * work, pack, p.x, p.x_stride, layer.post_norm, layer.gate, scratch)
         gate_and_up(p, counter + 7 * work, rank, layer, pack, scratch)
         if rank == 0:
@@ -69,8 +87,8 @@ def forward(plans, layers, packs, rank):
         if atomic_load(p.control + DECISION * LINE) != 0:
             if rank == 0:
                 atomic_store(for_call, 0)
-            return False
-        pack = packs[pack_index(p, packs, p.n_tokens, rank)]
+            return 0
+        pack = pack_for(p, packs, p.n_tokens, rank)
         pack_tokens(p, counter + 8 * work, pack, p.mlp, p.mlp_stride, 0, layer.down, scratch)
         multiply(counter + 9 * work, p.n_threads, rank, layer.down, pack, p.n_tokens, p.x, p.x_stride, 1)
         barrier(words, p.n_threads)
@@ -83,7 +101,7 @@ def forward(plans, layers, packs, rank):
             hidden_of_rows(p, for_call + work)
         else:
             logits_of_rows(p, for_call + work, packs, rank, scratch)
-    return True
+    return 1
 
 
 @kernel
@@ -94,11 +112,12 @@ def clear(counter, n, n_threads, rank):
 
 
 @kernel
-def pack_index(p, packs, n, rank):
-    """Which pack takes `n` tokens: the thread's own, or everybody's for a few or for many."""
+def pack_for(p, packs, n, rank):
+    """The pack that takes `n` tokens: the thread's own, or everybody's for a few or for many."""
+    few = packs + p.n_threads * _PACK_BYTES
     if n == 1:
-        return rank
-    return p.n_threads if n <= packs[p.n_threads].tile else p.n_threads + 1
+        return _pack_at(packs + rank * _PACK_BYTES)
+    return _pack_at(few if n <= _pack_at(few).tile else few + _PACK_BYTES)
 
 
 @kernel
@@ -164,7 +183,7 @@ def gate_and_up(p, counter, rank, layer, pack, scratch):
 def logits_of_rows(p, counter, packs, rank, scratch):
     """logits = lm_head(norm(x)) for the wanted rows."""
     one = p.n_rows == 1
-    pack = packs[pack_index(p, packs, p.n_rows, rank)]
+    pack = pack_for(p, packs, p.n_rows, rank)
     tile = pack.tile
     groups, is_f16 = p.head.groups, p.head.bits == 16
     tiles = (p.n_rows + tile - 1) // tile

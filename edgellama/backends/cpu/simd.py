@@ -14,10 +14,13 @@ from __future__ import annotations
 import inspect
 import math
 
+import numpy as np
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
+from numba.np import numpy_support
 
 from .target import TARGET
 
@@ -159,9 +162,11 @@ def emit_load_i8(builder, address):
 
 
 def emit_native_call(builder, address, *args) -> None:
-    """Call a `Native` kernel (int64 arguments, no result) by its address."""
-    function = ir.FunctionType(ir.VoidType(), [I64] * len(args))
-    builder.call(builder.inttoptr(address, function.as_pointer()), args)
+    """Call a `Native` kernel (int64 arguments, no result) by its address: Numba's calling convention, see `native`."""
+    unused = cgutils.alloca_once(builder, I64)
+    place = builder.ptrtoint(unused, I64)
+    function = ir.FunctionType(I32, [I64] * (2 + len(args)))
+    builder.call(builder.inttoptr(address, function.as_pointer()), [place, place, *args])
 
 
 def emit_max(builder, x, y):
@@ -218,8 +223,14 @@ def _emit_join(builder, parts):
     return parts[0]
 
 
+def _emit_vpdpbusd(builder, bits: int, acc, u, x):
+    if llvm_version_info < (22,):  # which wants bytes as bytes
+        u, x = builder.bitcast(u, acc.type), builder.bitcast(x, acc.type)
+    return emit_call(builder, f"llvm.x86.avx512.vpdpbusd.{bits}", acc.type, [acc, u, x])
+
+
 def _dot4_vnni512(builder, acc, u, x):
-    return emit_call(builder, "llvm.x86.avx512.vpdpbusd.512", V_I32, [acc, u, x])
+    return _emit_vpdpbusd(builder, 512, acc, u, x)
 
 
 def _dot4_in_parts(parts: int, one_part):
@@ -231,7 +242,7 @@ def _dot4_in_parts(parts: int, one_part):
 
 
 def _dot4_avxvnni(builder, acc, u, x):
-    return emit_call(builder, "llvm.x86.avx512.vpdpbusd.256", acc.type, [acc, u, x])
+    return _emit_vpdpbusd(builder, 256, acc, u, x)
 
 
 def _dot4_avx2(builder, acc, u, x):
@@ -317,6 +328,17 @@ def vector_intrinsic(result, *arg_types):
         return intrinsic(typing)
 
     return wrap
+
+
+def record_at(dtype: np.dtype):
+    """What makes a record of `dtype` of an address, for jitted code: a view."""
+    kind = numpy_support.from_dtype(dtype)
+
+    @vector_intrinsic(kind, ADDRESS)
+    def view(b, address):
+        return b.inttoptr(address, ir.ArrayType(I8, dtype.itemsize).as_pointer())
+
+    return view
 
 
 @vector_intrinsic(types.float32, ADDRESS)

@@ -19,8 +19,8 @@ import numpy as np
 from numba import float32, types
 from numba.core import cgutils
 
-from .attention_loops import QUERIES, SPLIT
 from .jit import kernel
+from .shapes import LARGEST, OUTPUT, QUERIES, SPLIT, state_bytes
 from .simd import (
     ADDRESS,
     V_F32,
@@ -47,15 +47,7 @@ from .simd import (
     vsub,
 )
 
-LARGEST, OUTPUT = 64, 128
-"""Bytes before these parts of a state."""
 LOWEST = float(np.finfo(np.float32).min)
-
-
-def state_bytes(value_stride: int) -> int:
-    """Of one state."""
-    return OUTPUT + 4 * value_stride
-
 
 state_bytes_of = kernel(state_bytes)
 """`state_bytes` for jitted code."""

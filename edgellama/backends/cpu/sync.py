@@ -12,9 +12,9 @@ import sys
 from numba import types
 
 from .jit import kernel
+from .shapes import LINE
 from .simd import ADDRESS, I64, emit_call, ir, vector_intrinsic
 
-LINE = 64
 SPINS_BEFORE_YIELD = 4000
 
 

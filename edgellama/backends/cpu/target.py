@@ -1,15 +1,18 @@
 """Which dot-product instruction the code that Numba compiles may use, and the loops that suit it.
 
-Numba compiles for the host, or for what `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` say; this module asks
-Numba, never the hardware, so a test can run every x86 path on one machine. It knows nothing of kernels.
+Numba compiles for the host, or for what `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` say; so does this module, without
+Numba (`jit` sees to it that they agree), so a test can run every x86 path on one machine. It knows nothing of kernels.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
 from typing import NamedTuple
+
+import llvmlite.binding as llvm
 
 # A CPU name given by hand comes without a feature list, so names that matter are listed here; LLVM knows
 # what a name implies but offers no way to ask.
@@ -59,12 +62,25 @@ def choose(arch: str, cpu_name: str, features: str) -> Target:
     return Target("plain", arch in ("aarch64", "arm64"), 4, 4, 1)
 
 
-def numba_target() -> Target:
-    """The target of the code that this process's Numba compiles."""
-    from numba.core.registry import cpu_target
+def host() -> tuple[str, str]:
+    """The LLVM CPU name and feature string that Numba compiles for: this machine's, or what its settings say."""
+    name = os.environ.get("NUMBA_CPU_NAME")
+    features = os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None and name is not None and name.lower() == "generic":
+        features = ""
+    if features is None:
+        try:
+            of_host = llvm.get_host_cpu_features()
+        except RuntimeError:
+            of_host = llvm.FeatureMap()
+        if os.environ.get("NUMBA_ENABLE_AVX") == "0":
+            of_host.update({feature: False for feature in of_host if feature.startswith("avx")})
+        features = of_host.flatten()
+    return llvm.get_host_cpu_name() if name is None else name, features
 
-    _triple, cpu_name, features = cpu_target.target_context.codegen().magic_tuple()
-    target = choose(platform.machine().lower(), cpu_name, features)
+
+def _of_this_process() -> Target:
+    target = choose(platform.machine().lower(), *host())
     return target._replace(amx=target.amx and _amx_is_granted())
 
 
@@ -79,4 +95,4 @@ def _amx_is_granted() -> bool:
         return False
 
 
-TARGET = numba_target()
+TARGET = _of_this_process()

@@ -16,6 +16,7 @@ from numba.core import cgutils
 
 from . import amx
 from .jit import Native
+from .shapes import SIZES, STEP
 from .simd import (
     ADDRESS,
     I32,
@@ -44,10 +45,6 @@ from .simd import (
 )
 from .target import TARGET
 
-SIZES = (1, TARGET.few_columns, amx.TOKENS if TARGET.amx else TARGET.many_columns)
-"""Tokens of a kernel's tile: one token, a few (decode of several sequences), many."""
-BY_TOKEN = (False, False, TARGET.amx)
-"""For each size: whether codes lie token by token (see `amx`), instead of word by word."""
 ARGUMENTS = 14
 """All: (weights, scales, bias or 0, codes or values, highs, masks, x_scales, x_sums, inputs, out, stride, add,
 blocks, tiles).
@@ -56,8 +53,6 @@ Addresses, but for inputs (in_features up to a multiple of STEP), stride (bytes 
 to what is in `out`), blocks (row blocks), tiles (of tokens). What pads the last group of 128 inputs is zero. Many
 tokens are multiplied up to `inputs` only; one or a few with the padding, too, for a stream from memory with gaps is no
 stream to the processor's prefetcher (576 inputs: 12 GB/s a core with gaps, 30 without)."""
-STEP = 32
-"""Inputs that an inner loop takes at a time."""
 AHEAD = 4096
 """Bytes of weights that are asked for ahead where a few tokens share them: so slow a stream does not wake the
 prefetcher, and waiting and multiplying would add up (4096 inputs, 8 tokens: 9.5 GB/s a core without, 12.9 with)."""
@@ -348,11 +343,3 @@ def f16_few(weights, scales, bias, values, highs, masks, x_scales, x_sums, input
 @Native
 def f16_many(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles):
     _f16_many(weights, scales, bias, values, highs, masks, x_scales, x_sums, inputs, out, stride, add, blocks, tiles)
-
-
-KERNELS = {
-    4: (int4_one, int4_few, int4_many),
-    8: (int8_one, int8_few, int8_many),
-    16: (f16_one, f16_few, f16_many),
-}
-"""Bits of the weights -> kernels for tiles of SIZES tokens."""

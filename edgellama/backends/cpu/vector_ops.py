@@ -12,6 +12,7 @@ import math
 from numba import float32, int32
 
 from .jit import kernel
+from .shapes import GELU, GELU_TANH, ROW_MAJOR_F16, SILU
 from .simd import (
     LOW_BITS,
     hmax,
@@ -46,10 +47,6 @@ from .simd import (
     zero_i32,
 )
 from .target import TARGET
-
-SILU, GELU, GELU_TANH, RELU = 0, 1, 2, 3
-ROW_MAJOR_F16 = 0
-"""`bits` of an untied embedding: plain rows of float16, not the block layout of a matrix."""
 
 
 @kernel
