@@ -106,7 +106,7 @@ def load(
         if too_small:
             notes.append("the model does not fit into the GPU's free memory: running on the CPU")
         if device == "cpu" and not _kernels_are_compiled():
-            notes.append("first run on this machine: compiling kernels, up to half a minute, once")
+            notes.append("first run on this machine: the kernels are compiled, once")
         with computing(cancel):
             backend = devices.make_backend(device, file, n_ctx, n_slots, n_threads, kv_cache)
         notes += getattr(backend, "notes", [])
@@ -219,6 +219,21 @@ class Llama:
         return SamplingParams.from_generation_config(self.generation_config)
 
     # -- running -------------------------------------------------------------------------------------------------
+
+    def prepare(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Get ready now, not in the first call: on a machine's first run the CPU's kernels are compiled, some 15 s.
+
+        `progress(done, total)`, in functions, while they are. On other devices, and on every other run, there is
+        nothing to wait for. Raises EdgellamaError.
+        """
+        self._acquire()
+        try:
+            prepare = getattr(self._backend, "prepare", None)
+            if prepare is not None:
+                with computing(None):
+                    prepare(progress)
+        finally:
+            self._release()
 
     @property
     def n_past(self) -> int:

@@ -81,6 +81,7 @@ def test_a_schema_and_a_grammar_come_from_files(fake, monkeypatch, tmp_path, cap
     schema.write_text('{"type": "string"}')
     grammar.write_text('root ::= "a"')
     args = {}
+    monkeypatch.setattr(fake, "close", lambda: None)  # it is opened twice
     monkeypatch.setattr(
         fake, "generate", lambda prompt, **options: args.update(options) or fake_llama().generate("a", 1, stream=True)
     )

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("numba")
 from numba import types
 
+import edgellama
 from edgellama.backends.cpu import code_cache, native, numba_cache
 from edgellama.backends.cpu.jit import Native, entry_point
 from edgellama.backends.cpu.simd import load_i64, store_i64
@@ -189,6 +190,17 @@ def test_a_kernel_that_needs_more_than_the_c_library_is_refused():
 
     with pytest.raises(AssertionError, match="is not there without Numba"):
         Native(needs_numba).compile()
+
+
+def test_prepare_leaves_nothing_for_the_first_call(tiny_model, monkeypatch):
+    with edgellama.load(tiny_model, n_threads=2) as llm:
+        llm.prepare()
+        monkeypatch.setattr(native, "address", lambda name: pytest.fail(f"{name} was not ready"))
+        llm.forward([1, 5])
+    with edgellama.load(tiny_model, "reference") as llm:
+        llm.prepare()  # nothing to do
+    with pytest.raises(edgellama.EdgellamaError, match="closed"):
+        llm.prepare()
 
 
 def test_a_warm_start_imports_no_compiler(tiny_model):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgellama.cli import console, options, parameters
+from edgellama.cli.opening import get_ready
 from edgellama.cli.progress import GETTING_READY, Progress
 from edgellama.cli.reply import stream_reply
 from edgellama.demo import PROMPTS, checkpoint_dir
@@ -58,10 +59,9 @@ def run(args: argparse.Namespace) -> int:
     )
     begun = time.perf_counter()
     with load(out, **options.runtime_of(args)) as llm:
-        stream = llm.generate(prompt, **given, stream=True)
-        for remark in llm.notes:
-            console.note(f"note   {remark}")
+        get_ready(llm, quiet=False, look="note   ")
         console.note()
+        stream = llm.generate(prompt, **given, stream=True)
         push, flush = _writer()
         push(prompt)
         code = stream_reply(stream, push)

@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from edgellama.cli import console, options, parameters
+from edgellama.cli.progress import Progress
 
 if TYPE_CHECKING:
     from edgellama.model import Llama
@@ -26,7 +28,14 @@ def opened(args: argparse.Namespace, model: str, given: dict[str, Any]) -> Itera
         llm = stack.enter_context(load(model, **runtime, **slots))
         if "draft_model" in extra:
             extra["draft_model"] = stack.enter_context(load(extra["draft_model"], **runtime))
-        if not args.quiet:
-            for remark in llm.notes:
-                console.note(f"note: {remark}")
+        get_ready(llm, args.quiet)
         yield llm, extra
+
+
+def get_ready(llm: "Llama", quiet: bool, look: str = "note: ") -> None:
+    """Remarks, and how far the kernels are where they must be compiled first."""
+    if not quiet:
+        for remark in llm.notes:
+            console.note(look + remark)
+    with Progress("compiling", unit="functions", quiet=quiet or not console.is_terminal(sys.stderr)) as bar:
+        llm.prepare(bar.update)

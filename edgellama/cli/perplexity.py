@@ -3,6 +3,7 @@
 import argparse
 
 from edgellama.cli import console, options
+from edgellama.cli.opening import get_ready
 from edgellama.cli.progress import GETTING_READY, Progress
 
 _DESCRIPTION = "Measure how well a model predicts a text; lower is better."
@@ -43,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from edgellama.perplexity import perplexity
 
     with load(args.model_positional, args.device, args.ctx, args.threads, args.kv_cache, n_slots=1) as llm:
-        if not args.quiet:
-            for remark in llm.notes:
-                console.note(f"note: {remark}")
+        get_ready(llm, args.quiet)
         with Progress("perplexity", " windows", quiet=args.quiet, ready_line=GETTING_READY) as progress:
             result = perplexity(
                 llm, text, ctx=args.ctx, stride=args.stride, max_windows=args.chunks, progress=progress.update

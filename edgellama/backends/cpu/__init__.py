@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -129,12 +129,13 @@ class CpuBackend:
         check_slots(self, (slot,), 0)
         self._cache.write(slot, data)
 
-    def prepare(self) -> None:
+    def prepare(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile the kernels, or load them from the cache; the first `forward` does it otherwise.
 
-        Before the team starts, so that Ctrl-C ends it at once.
+        Before the team starts, so that Ctrl-C ends it at once. `progress(done, total)` where there is much to do.
         """
         if not self._prepared:
+            native.prepare(["program.forward", *self._plan.kernels()], progress)
             self._plan.link()
             self._forward_program = native.function("program.forward", 4)
             self._prepared = True

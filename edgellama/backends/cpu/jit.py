@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numba
 from numba import types
-from numba.core import compiler
+from numba.core import compiler, event
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
@@ -19,11 +20,20 @@ from .numba_cache import new_cache
 from .target import TARGET, choose
 
 _OPTIONS: dict[str, Any] = {"nopython": True, "error_model": "numpy", "boundscheck": False}
+_NATIVE = "edgellama:native"
 _FROM_C = {"erf", "sqrtf", "memcpy", "memmove", "memset", "sched_yield", "SwitchToThread"}
 
-kernel: Any = functools.partial(numba.jit, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
-"""Decorator of a function that is compiled into those which call it. Python cannot call it: that would need wrappers,
-which take a fifth of the time to compile."""
+_kernels: list[Any] = []
+
+
+def kernel(function: Callable) -> Any:
+    """Decorator of a function that is compiled into those which call it. Python cannot call it: that would need
+    wrappers, which take a fifth of the time to compile."""
+    options: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    dispatcher = numba.jit(**options)(function)
+    _kernels.append(dispatcher)
+    return dispatcher
+
 
 compiled: Any = functools.partial(numba.jit, nogil=True, **_OPTIONS)
 """Decorator of a kernel that Python calls, compiled in each process."""
@@ -40,11 +50,12 @@ class Native:
     """Decorator of a kernel that is called by its address (see `native`): compiled on its own, when first needed.
 
     Its code is optimized once, not again in each caller, and only the variants that a model needs exist at all. All
-    arguments are int64, and so is the result, if there is one.
+    arguments are int64, and so is the result, if there is one. `steps`: how long it takes to optimize, in functions
+    of average size.
     """
 
-    def __init__(self, function: Callable, result: Any = types.void):
-        self.py_func, self._result = function, result
+    def __init__(self, function: Callable, result: Any = types.void, steps: int = 4):
+        self.py_func, self._result, self.steps = function, result, steps
         self.__doc__ = function.__doc__
         self.name = f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
 
@@ -63,7 +74,7 @@ class Native:
         flags.no_compile = True  # not before the object is asked for
         flags.nrt = False
         contexts = cpu_target.typing_context, cpu_target.target_context
-        with global_compiler_lock:
+        with global_compiler_lock, event.trigger_event(_NATIVE, {"steps": self.steps}):
             compiled = compiler.compile_extra(*contexts, self.py_func, arguments, self._result, flags, {})
             library = compiled.library
             library.enable_object_caching()
@@ -72,6 +83,27 @@ class Native:
             strange = {name for name in wanted if not name.startswith("llvm.")} - _FROM_C
             assert not strange, f"{self.name} calls {strange}, which is not there without Numba"
             return native.pack(compiled.fndesc.llvm_func_name, library._get_compiled_object())
+
+
+@contextlib.contextmanager
+def telling(natives: Sequence[Native], progress: Callable[[int, int], None]) -> Iterator[None]:
+    """While these are compiled, `progress(done, total)` in functions; a few may turn out not to be needed."""
+    total = sum(native.steps for native in natives) + sum(not each.overloads for each in _kernels)
+
+    class Count(event.Listener):
+        done = 0
+
+        def on_start(self, event: event.Event) -> None:
+            """Nothing: what counts is what is done."""
+
+        def on_end(self, event: event.Event) -> None:
+            self.done = min(self.done + event.data.get("steps", 1), total)
+            progress(self.done, total)
+
+    count = Count()
+    with event.install_listener("numba:compile", count), event.install_listener(_NATIVE, count):
+        yield
+    progress(total, total)
 
 
 def _check_target() -> None:

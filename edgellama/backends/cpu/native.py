@@ -7,11 +7,13 @@ Knows Numba's calling convention: status = kernel(&result, &error, arguments). D
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import llvmlite.binding as llvm
 
@@ -32,11 +34,24 @@ def address(name: str) -> int:
         if name not in _addresses:
             code = code_cache.read(f"{name}.o")
             if code is None:
-                module, kernel = name.split(".")
-                code = getattr(importlib.import_module(f".{module}", __package__), kernel).compile()
+                code = _source(name).compile()
                 code_cache.write(f"{name}.o", code)
             _addresses[name] = link(code)
         return _addresses[name]
+
+
+def prepare(names: Iterable[str], progress: Callable[[int, int], None] | None = None) -> None:
+    """Have these kernels ready. `progress(done, total)`, in functions, where some have to be compiled."""
+    names = tuple(names)
+    with contextlib.ExitStack() as stack:
+        if progress is not None:
+            missing = [name for name in names if name not in _addresses and code_cache.read(f"{name}.o") is None]
+            if missing:
+                from .jit import telling
+
+                stack.enter_context(telling([_source(name) for name in missing], progress))
+        for name in names:
+            address(name)
 
 
 def function(name: str, arguments: int) -> Callable[..., int]:
@@ -49,6 +64,12 @@ def function(name: str, arguments: int) -> Callable[..., int]:
         return result.value
 
     return run
+
+
+def _source(name: str) -> Any:
+    """The `jit.Native` of that name."""
+    module, kernel = name.split(".")
+    return getattr(importlib.import_module(f".{module}", __package__), kernel)
 
 
 def pack(symbol: str, code: bytes) -> bytes:

@@ -74,6 +74,12 @@ _ACTIVATIONS = {
 _BITS = {"int4.g128": 4, "int8.g128": 8, "f16.r16": 16, "f16": shapes.ROW_MAJOR_F16}
 
 
+def _tile_kernels(bits: int) -> tuple[str, str, str]:
+    """Names of the kernels for one token, a few and many."""
+    one, few, many = shapes.TILE_KERNELS[bits]
+    return one, many if SIZES[FEW] == SIZES[MANY] else few, many
+
+
 class Plan:
     """Builds the records for one open model and owns every buffer behind their addresses."""
 
@@ -126,6 +132,12 @@ class Plan:
         inputs = round_up(entry.shape[1], shapes.STEP)
         return _BITS[entry.layout], file.address(entry.name), scales, bias, n // 16, k // 128, inputs, 0, 0, 0, ceiling
 
+    def kernels(self) -> list[str]:
+        """Names of the kernels that the program calls by address."""
+        matrices = [self.layers[name] for name in _LAYER_MATRICES] + [self.record["head"]]
+        kinds = {int(bits) for records in matrices for bits in records["bits"]}
+        return [*shapes.ATTENTION_KERNELS.values(), *(name for bits in sorted(kinds) for name in _tile_kernels(bits))]
+
     def link(self) -> None:
         """Put the addresses of tile and attention kernels into the records; compiles those that are needed."""
         for field, name in shapes.ATTENTION_KERNELS.items():
@@ -133,11 +145,8 @@ class Plan:
         matrices = [self.layers[name] for name in _LAYER_MATRICES] + [self.record["head"]]
         for records in matrices:
             for record in records:
-                one, few, many = shapes.TILE_KERNELS[int(record["bits"])]
-                if SIZES[FEW] == SIZES[MANY]:
-                    few = many
-                record["kernel_one"], record["kernel_few"] = native.address(one), native.address(few)
-                record["kernel_many"] = native.address(many)
+                one, few, many = map(native.address, _tile_kernels(int(record["bits"])))
+                record["kernel_one"], record["kernel_few"], record["kernel_many"] = one, few, many
 
     def _vector(self, name: str, length: int) -> int:
         """The address of a float32 vector of the file, copied and padded with zeros to `length`."""

@@ -37,7 +37,7 @@ _plan_at, _layer_at, _pack_at = record_at(PLAN), record_at(LAYER), record_at(PAC
 _LAYER_BYTES, _PACK_BYTES = LAYER.itemsize, PACK.itemsize
 
 
-@functools.partial(Native, result=types.int64)
+@functools.partial(Native, result=types.int64, steps=16)
 def forward(plan, layers, packs, rank):
     """Tokens in, logits (or hidden states) of the wanted rows out; 0 if cancelled, or else 1.
 
