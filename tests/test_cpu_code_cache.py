@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,8 +119,7 @@ class Started:
     def __init__(self, monkeypatch):
         self.compiled = []
         monkeypatch.setattr(native, "_addresses", {})
-        here = SimpleNamespace(doubled=doubled, total=total)
-        monkeypatch.setattr(native.importlib, "import_module", lambda *_: here)
+        monkeypatch.setattr(native, "_source", {each.name: each for each in (doubled, total)}.__getitem__)
         compile_ = Native.compile
         monkeypatch.setattr(Native, "compile", lambda kernel: (self.compiled.append(kernel.name), compile_(kernel))[1])
 
@@ -173,6 +171,26 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_native_kernel(start_natives, fo
         assert len(start_natives()) == 2
     assert list(folder.iterdir()) == []
     assert len(start_natives()) == 2
+
+
+def test_a_frozen_app_without_sources_keeps_nothing(start_natives, folder, monkeypatch):
+    """Nothing would tell the kernels of one version of the app from those of the next."""
+    monkeypatch.setattr(code_cache, "_own_sources", list)
+    assert len(start_natives()) == 2
+    assert len(start_natives()) == 2
+    assert not start() and not start()
+    assert not folder.exists()
+
+
+def test_what_kernels_are_made_of_names_their_folder(monkeypatch):
+    sources = code_cache._own_sources()
+    assert {"program.py", "tiles.py", "shapes.py", "kv_cache.py", "quant.py"} <= {path.name for path in sources}
+    code_cache.cache_folder.cache_clear()
+    before = code_cache.cache_folder()
+    monkeypatch.setattr(code_cache, "_own_sources", lambda: sources[:-1])
+    code_cache.cache_folder.cache_clear()
+    assert code_cache.cache_folder() != before
+    code_cache.cache_folder.cache_clear()
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")

@@ -31,9 +31,16 @@ def cache_folder() -> Path:
     base = Path(home) / "cache" if home else platformdirs.user_cache_path("edgellama", appauthor=False)
     versions = f"{sys.version}|{version('numba')}|{version('llvmlite')}"
     state = hashlib.sha256(f"{versions}|{TARGET}|{host()}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in _own_sources():
         state.update(source.read_bytes())
     return base / "kernels" / state.hexdigest()[:16]
+
+
+def _own_sources() -> list[Path]:
+    """All that can change a kernel; none in a frozen app, where kernels of another version would not be noticed."""
+    here = Path(__file__).parent
+    beside = [path for path in (here.parents[1] / "kv_cache.py", here.parents[1] / "quant.py") if path.exists()]
+    return sorted(here.glob("*.py")) + beside
 
 
 @functools.cache
@@ -50,6 +57,8 @@ def _sources_of(package: str) -> str:
 
 def trusted_folder(package: str = "") -> Path | None:
     """The folder for the kernels of a package, made if need be; None if nobody may rely on it. Raises OSError."""
+    if not _own_sources():
+        return None
     folder = cache_folder() / _sources_of(package)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder if _is_ours(folder) else None
