@@ -102,8 +102,7 @@ class CpuBackend:
             tokens, positions, slots, rows, vocab_size=self.config.vocab_size, backend=self
         )
         self.prepare()
-        lengths = np.zeros(self.n_slots, np.int64)
-        np.maximum.at(lengths, slots, positions + 1)
+        lengths = {slot: int(positions[slots == slot].max()) + 1 for slot in set(slots.tolist())}
         out = np.empty((len(rows) + room, width), np.float32)
         done = 0
         for start in range(0, len(tokens), self._chunk):
@@ -145,9 +144,10 @@ class CpuBackend:
         n = len(tokens)
         self._tokens[:n], self._positions[:n], self._slots[:n] = tokens, positions, slots
         self._rows[: len(rows)] = rows
-        for slot in np.unique(slots):
-            here = np.flatnonzero(slots == slot)
-            self._cos[here], self._sin[here] = cos_sin(self.config, positions[here], int(lengths[slot]))
+        several = set(slots.tolist())
+        for slot in several:
+            here = np.flatnonzero(slots == slot) if len(several) > 1 else slice(n)
+            self._cos[here], self._sin[here] = cos_sin(self.config, positions[here], lengths[slot])
         self._record["n_tokens"] = self._record["n_embedded"] = n
         self._record["n_rows"] = len(rows)
 
@@ -191,6 +191,7 @@ class CpuBackend:
 
     def _run(self, out: np.ndarray) -> None:
         self._record["logits"], self._record["logits_stride"] = out.ctypes.data, out.strides[0]
+        self._tables = self._plan.record.ctypes.data, self._layers.ctypes.data, self._plan.packs.ctypes.data
         self._barriers_before = self._barriers_passed()
         control = self._plan.control
         try:
@@ -203,9 +204,7 @@ class CpuBackend:
             raise CancelledError("the forward pass was cancelled; what was computed before stays in the cache")
 
     def _program(self, rank: int) -> bool:
-        plan = self._plan
-        tables = plan.record.ctypes.data, self._layers.ctypes.data, plan.packs.ctypes.data
-        return self._forward_program(*tables, rank) == 1
+        return self._forward_program(*self._tables, rank) == 1
 
     def _must_join(self) -> bool:
         """After an interrupt: True if nobody has passed a barrier, which takes all. The pass is to end soon."""
