@@ -247,7 +247,7 @@ class Checkpoint:
 
     def read(self, tensor: SourceTensor, first: int = 0, last: int | None = None) -> np.ndarray:
         """Rows first..last-1 of a tensor, by default a small one whole, as float32."""
-        shape = tensor.shape if last is None else (last - first, *tensor.shape[1:])
+        shape = ((tensor.shape[0] if last is None else last) - first, *tensor.shape[1:])
         raw = np.empty(shape, STORED[tensor.dtype])
         self.read_rows(tensor, first, raw)
         values = np.empty(shape, np.float32)

@@ -191,20 +191,17 @@ class CpuBackend:
 
     def _run(self, out: np.ndarray) -> None:
         self._record["logits"], self._record["logits_stride"] = out.ctypes.data, out.strides[0]
-        self._tables = self._plan.record.ctypes.data, self._layers.ctypes.data, self._plan.packs.ctypes.data
+        tables = self._plan.record.ctypes.data, self._layers.ctypes.data, self._plan.packs.ctypes.data
         self._barriers_before = self._barriers_passed()
         control = self._plan.control
         try:
-            whole = self._team.run(self._program, self._must_join)
+            whole = self._team.run(lambda rank: self._forward_program(*tables, rank) == 1, self._must_join)
         except BaseException:
             control[CANCEL * LINE // 8] = 0
             raise
         if not whole:
             control[CANCEL * LINE // 8] = 0
             raise CancelledError("the forward pass was cancelled; what was computed before stays in the cache")
-
-    def _program(self, rank: int) -> bool:
-        return self._forward_program(*self._tables, rank) == 1
 
     def _must_join(self) -> bool:
         """After an interrupt: True if nobody has passed a barrier, which takes all. The pass is to end soon."""

@@ -36,6 +36,7 @@ def cache_folder() -> Path:
     return base / "kernels" / state.hexdigest()[:16]
 
 
+@functools.cache
 def _own_sources() -> list[Path]:
     """All that can change a kernel; none in a frozen app, where kernels of another version would not be noticed."""
     here = Path(__file__).parent

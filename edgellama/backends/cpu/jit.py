@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numba
@@ -86,7 +86,7 @@ class Native:
 
 
 @contextlib.contextmanager
-def telling(natives: Sequence[Native], progress: Callable[[int, int], None]) -> Iterator[None]:
+def telling(natives: Iterable[Native], progress: Callable[[int, int], None]) -> Iterator[None]:
     """While these are compiled, `progress(done, total)` in functions; a few may turn out not to be needed."""
     total = sum(native.steps for native in natives) + sum(not each.overloads for each in _kernels)
 

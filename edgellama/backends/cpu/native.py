@@ -30,28 +30,27 @@ def address(name: str) -> int:
 
     It is compiled if need be: seconds.
     """
-    with _lock:
-        if name not in _addresses:
-            code = code_cache.read(f"{name}.o")
-            if code is None:
-                code = _source(name).compile()
-                code_cache.write(f"{name}.o", code)
-            _addresses[name] = link(code)
-        return _addresses[name]
+    if name not in _addresses:
+        prepare([name])
+    return _addresses[name]
 
 
 def prepare(names: Iterable[str], progress: Callable[[int, int], None] | None = None) -> None:
     """Have these kernels ready. `progress(done, total)`, in functions, where some have to be compiled."""
-    names = tuple(names)
-    with contextlib.ExitStack() as stack:
-        if progress is not None:
-            missing = [name for name in names if name not in _addresses and code_cache.read(f"{name}.o") is None]
-            if missing:
+    with _lock:
+        kept = {name: code_cache.read(f"{name}.o") for name in names if name not in _addresses}
+        codes = {name: code for name, code in kept.items() if code is not None}
+        missing = {name: _source(name) for name in kept if name not in codes}
+        with contextlib.ExitStack() as stack:
+            if missing and progress is not None:
                 from .jit import telling
 
-                stack.enter_context(telling([_source(name) for name in missing], progress))
-        for name in names:
-            address(name)
+                stack.enter_context(telling(missing.values(), progress))
+            for name, source in missing.items():
+                codes[name] = source.compile()
+                code_cache.write(f"{name}.o", codes[name])
+        for name, code in codes.items():
+            _addresses[name] = link(code)
 
 
 def function(name: str, arguments: int) -> Callable[..., int]:

@@ -132,18 +132,20 @@ class Plan:
         inputs = round_up(entry.shape[1], shapes.STEP)
         return _BITS[entry.layout], file.address(entry.name), scales, bias, n // 16, k // 128, inputs, 0, 0, 0, ceiling
 
+    def _matrices(self) -> list[np.ndarray]:
+        """MATRIX records of all layers by kind, and of the head; views."""
+        return [self.layers[name] for name in _LAYER_MATRICES] + [self.record["head"]]
+
     def kernels(self) -> list[str]:
         """Names of the kernels that the program calls by address."""
-        matrices = [self.layers[name] for name in _LAYER_MATRICES] + [self.record["head"]]
-        kinds = {int(bits) for records in matrices for bits in records["bits"]}
+        kinds = {int(bits) for records in self._matrices() for bits in records["bits"]}
         return [*shapes.ATTENTION_KERNELS.values(), *(name for bits in sorted(kinds) for name in _tile_kernels(bits))]
 
     def link(self) -> None:
         """Put the addresses of tile and attention kernels into the records; compiles those that are needed."""
         for field, name in shapes.ATTENTION_KERNELS.items():
             self.record[field] = native.address(name)
-        matrices = [self.layers[name] for name in _LAYER_MATRICES] + [self.record["head"]]
-        for records in matrices:
+        for records in self._matrices():
             for record in records:
                 one, few, many = map(native.address, _tile_kernels(int(record["bits"])))
                 record["kernel_one"], record["kernel_few"], record["kernel_many"] = one, few, many
